@@ -1,0 +1,1 @@
+"""Evaluation: ask the model once, then only arithmetic."""

@@ -1,0 +1,124 @@
+"""What a metric may ask of a model, what it gets back, and the row it sees. Words only."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from unlearn_llm.registry import Registry
+
+
+@dataclass(frozen=True)
+class LogProb:
+    """How likely is this answer to this question? The answer's tokens and one end token count."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Generate:
+    """What does the model answer to this question, greedily?"""
+
+    question: str
+
+
+Request = LogProb | Generate
+
+
+@dataclass(frozen=True)
+class LogProbResult:
+    """The answer to a LogProb request."""
+
+    token_logps: tuple[float, ...]
+    """Nats per scored token, in order; the end token is the last."""
+    greedy: tuple[bool, ...]
+    """For each scored token: is it the model's own first choice (teacher-forced argmax)?"""
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-probability per token, in nats; inf for an answer without tokens."""
+        if not self.token_logps:
+            return float("inf")
+        return -sum(self.token_logps) / len(self.token_logps)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The answer to a Generate request."""
+
+    text: str
+    tokens: tuple[str, ...]
+    """`tokenizer.tokenize(text)`: what token entropy counts."""
+    finished: bool
+    """Did the model end by itself, or was it cut at the limit?"""
+
+
+Result = LogProbResult | Generation
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a probe's data, as the metrics see it."""
+
+    id: str
+    """Stable name of the row: its number in the source file."""
+    question: str
+    answer: str
+    """What probability, ROUGE and the ROUGE gate compare with."""
+    paraphrased: str | None = None
+    """The right answer of the truth ratio (the plain answer where the data has no paraphrase)."""
+    perturbed: tuple[str, ...] = ()
+    """The wrong answers of the truth ratio."""
+    reference: str | None = None
+    """What similarity and entailment compare with; None: the answer."""
+    refusal: str | None = None
+    """The refusal line of this row, fixed by (seed, row), for refusal entailment."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sample with the results that a metric asked for, under the metric's own keys."""
+
+    sample: Sample
+    results: Mapping[str, Result] = field(default_factory=dict)
+
+
+class Judge(Protocol):
+    """Another model that reads texts. Its name stands in the name of every score it gives."""
+
+    name: str
+
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[Any]:
+        """Judge (text, other text) pairs; a label or a number for each."""
+        ...
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number per row, from what the model answered.
+
+    Attributes:
+        asks: sample -> {key: request}. Requests that several metrics share are asked once.
+        compute: rows -> one number (or None: does not apply) per row; with `judge`,
+            (rows, judge) -> the same.
+        judge: The kind of judge needed ("entailment", "similarity"), or None.
+    """
+
+    name: str
+    asks: Callable[[Sample], Mapping[str, Request]]
+    compute: Callable[..., list[float | None]]
+    judge: str | None = None
+
+
+METRICS: Registry[Metric] = Registry("metric")
+
+
+def metric(
+    name: str, *, asks: Callable[[Sample], Mapping[str, Request]], judge: str | None = None
+) -> Callable[[Callable[..., list[float | None]]], Metric]:
+    """Register the decorated function as the metric `name`."""
+
+    def register(compute: Callable[..., list[float | None]]) -> Metric:
+        return METRICS.add(name, Metric(name, asks, compute, judge))
+
+    return register

@@ -73,6 +73,9 @@ class Sample:
     """What similarity and entailment compare with; None: the answer."""
     refusal: str | None = None
     """The refusal line of this row, fixed by (seed, row), for refusal entailment."""
+    similar_to: str | None = None
+    """What similarity compares with where that is a third text (the long answer of the
+    real-person data); None: the reference."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""Every training knob: TrainingArguments and what unlearning adds to them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from unlearn_llm.errors import UserError
+from unlearn_llm.objective import Objective
+from unlearn_llm.schedule import SCHEDULES, Schedule
+
+
+@dataclass
+class UnlearnConfig(TrainingArguments):
+    """TrainingArguments for UnlearnTrainer. The string under a field is its help text."""
+
+    objective: str = "idk+ap"
+    """What is minimised: forget loss, plus sign, retain loss (`unlearn list` names them)."""
+    forget_parameters: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the forget loss, such as {beta: 0.1}."""
+    retain_parameters: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the retain loss."""
+    forget_weight: float = 1.0
+    """Coefficient of the forget loss."""
+    retain_weight: float = 1.0
+    """Coefficient of the retain loss."""
+    schedule: str = "alternate"
+    """When each side is trained: joint or alternate."""
+    schedule_parameters: dict[str, Any] = field(default_factory=dict)
+    """For alternate: {forget: 1, retain: 5}, the number of steps of each side in a cycle."""
+    pairing: str = "random"
+    """Joint steps: does a forget row meet a new retain row in every pass (random), or always the
+    same one (fixed, as in the authors' joint baseline)?"""
+    optimizer: str | None = None
+    """dual_adamw, dual_adamw_plus or package.module:Class; null: the Trainer's own `optim`."""
+    optimizer_parameters: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the optimiser, such as {betas: [0.9, 0.95]}."""
+    forget_learning_rate: float | None = None
+    """Learning rate of forget steps; null: learning_rate."""
+    averaging: str = "window"
+    """Token means over the whole optimiser step on all ranks (window), or the mean of micro-batch
+    means, which depends on how the batch is split (micro_batch, as in the authors' runs)."""
+    reference: str = "auto"
+    """Frozen model of npo, dpo, kl: auto, precomputed, adapter or frozen. auto computes
+    log-probabilities once where they suffice, else disables a fresh adapter, else copies."""
+    trainable: str | None = None
+    """Regular expression over parameter names: only these train. null: whatever requires grad."""
+
+    # Changed defaults of TrainingArguments:
+    adam_beta2: float = 0.95
+    """As the DualOptim+ runs; transformers' default is 0.999."""
+    weight_decay: float = 0.01
+    remove_unused_columns: bool = False
+    """Must stay off: a batch is keyed by role."""
+    logging_nan_inf_filter: bool = False
+    """Must stay off: it hides a diverging forget loss."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UserError(f"{name}: expected {' or '.join(allowed)}, got {value!r}.")
+        if self.remove_unused_columns or self.logging_nan_inf_filter:
+            raise UserError(
+                "remove_unused_columns and logging_nan_inf_filter must be false: batches are keyed "
+                "by role, and a diverging loss must be seen."
+            )
+
+    def build_objective(self) -> Objective:
+        """Make the objective that these settings name."""
+        return Objective.parse(
+            self.objective,
+            forget=self.forget_parameters,
+            retain=self.retain_parameters,
+            forget_weight=self.forget_weight,
+            retain_weight=self.retain_weight,
+        )
+
+    def build_schedule(self) -> Schedule:
+        """Make the schedule that these settings name."""
+        schedule = SCHEDULES[self.schedule]
+        try:
+            return schedule(**self.schedule_parameters)
+        except TypeError as error:
+            raise UserError(f"schedule_parameters of {self.schedule!r}: {error}.") from error
+
+
+CHOICES = {
+    "pairing": ("random", "fixed"),
+    "averaging": ("window", "micro_batch"),
+    "reference": ("auto", "precomputed", "adapter", "frozen"),
+}

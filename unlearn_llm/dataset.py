@@ -1,0 +1,146 @@
+"""What a training step reads: encoded rows by role, and batches padded to the longest row."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from unlearn_llm.encode import Encoded, Encoder
+from unlearn_llm.errors import UserError
+from unlearn_llm.resources import EVAL
+from unlearn_llm.rows import QA
+from unlearn_llm.schedule import Draw
+from unlearn_llm.types import IGNORE_INDEX, Answer, Batch, Role, Sequences
+
+ORIGINAL: Answer = "original"
+IDK: Answer = "idk"
+
+
+def read_refusals(path: str | Path | None = None) -> list[str]:
+    """Read refusal lines, one per line; by default the package's own `eval/refusals.txt`."""
+    path = Path(path) if path is not None else EVAL / "refusals.txt"
+    if not path.is_file():
+        raise UserError(f"There is no file {path} with refusal answers (data.refusals).")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    refusals = [line for line in lines if line]
+    if not refusals:
+        raise UserError(f"{path} holds no refusal answers.")
+    return refusals
+
+
+def refusal_of(row: int | str, refusals: Sequence[str], seed: int) -> str:
+    """Choose the refusal of a row: the same in every epoch, on every rank, after every resume.
+
+    Differs: the authors draw with `torch.manual_seed(row)`, which resets the global generator.
+    """
+    return random.Random(f"{seed}/refusal/{row}").choice(refusals)
+
+
+class EncodedRows(Dataset):
+    """The rows of one role, each with the answers that its loss asks for."""
+
+    def __init__(
+        self,
+        pairs: Sequence[QA],
+        encoder: Encoder,
+        answers: Sequence[Answer] = (ORIGINAL,),
+        *,
+        refusals: Sequence[str] = (),
+        seed: int = 0,
+        alternates: Mapping[Answer, Sequence[str]] | None = None,
+    ) -> None:
+        """Encode every row once.
+
+        Args:
+            pairs: Questions with their original answers.
+            answers: Names of the answers to encode: "original", "idk", or a key of `alternates`.
+            refusals: What "idk" is chosen from.
+            alternates: Other answers, one per row each.
+
+        Raises:
+            UserError: an unknown answer, or rows that cannot be encoded.
+        """
+        texts: dict[Answer, Sequence[str]] = {
+            ORIGINAL: [pair.answer for pair in pairs],
+            **(alternates or {}),
+        }
+        if IDK in answers and refusals:
+            texts[IDK] = [refusal_of(row, refusals, seed) for row in range(len(pairs))]
+        questions = [pair.question for pair in pairs]
+        self.encoded: dict[Answer, list[Encoded]] = {}
+        for answer in answers:
+            if answer not in texts:
+                raise UserError(
+                    f"The loss asks for the answer {answer!r}; the data gives {', '.join(texts)}."
+                )
+            self.encoded[answer] = encoder.pairs(questions, texts[answer])
+        self.lengths = [
+            max(len(rows[row].ids) for rows in self.encoded.values()) for row in range(len(pairs))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int) -> dict[Answer, tuple[int, Encoded]]:
+        return {answer: (row, rows[row]) for answer, rows in self.encoded.items()}
+
+
+class RoleDataset(Dataset):
+    """Forget and retain rows under one index: a Draw names a row of either or of both."""
+
+    def __init__(self, forget: EncodedRows, retain: EncodedRows) -> None:
+        self.rows: dict[Role, EncodedRows] = {"forget": forget, "retain": retain}
+
+    def __len__(self) -> int:
+        return sum(len(rows) for rows in self.rows.values())
+
+    def __getitem__(self, draw: Draw) -> dict[Role, dict[Answer, tuple[int, Encoded]]]:
+        return {
+            role: self.rows[role][index]
+            for role, index in (("forget", draw.forget), ("retain", draw.retain))
+            if index is not None
+        }
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads a batch to its longest row, rounded up, and marks padding by position.
+
+    Marking by position keeps a real end token visible when the pad token is the same id
+    (open-unlearning compares ids and hides every `<|eot_id|>`).
+    """
+
+    pad_id: int
+    multiple: int = 8
+    """Lengths are rounded up to a multiple of this: few distinct shapes, aligned kernels."""
+
+    def pad(self, lists: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+        """Stack lists of numbers into (B, T), filled up on the right."""
+        width = -(-max(map(len, lists)) // self.multiple) * self.multiple
+        padded = torch.full((len(lists), width), fill)
+        for row, numbers in enumerate(lists):
+            padded[row, : len(numbers)] = torch.tensor(numbers)
+        return padded
+
+    def sequences(self, rows: Sequence[tuple[int, Encoded]]) -> Sequences:
+        """Pad (row number, encoded) pairs."""
+        ids = [encoded.ids for _, encoded in rows]
+        return Sequences(
+            input_ids=self.pad(ids, self.pad_id),
+            attention_mask=self.pad([[1] * len(tokens) for tokens in ids], 0),
+            labels=self.pad([encoded.labels for _, encoded in rows], IGNORE_INDEX),
+            rows=torch.tensor([row for row, _ in rows]),
+        )
+
+    def __call__(self, samples: Sequence[dict[Role, dict[Answer, tuple[int, Encoded]]]]) -> Batch:
+        """Collate what RoleDataset gives."""
+        return {
+            role: {
+                answer: self.sequences([sample[role][answer] for sample in samples])
+                for answer in samples[0][role]
+            }
+            for role in samples[0]
+        }

@@ -1,0 +1,52 @@
+"""Retain losses. Each takes scored sequences and returns one number per sequence, minimised."""
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from unlearn_llm.objective import retain_loss
+from unlearn_llm.types import Answer, Scored
+
+Scores = Mapping[Answer, Scored]
+
+
+@retain_loss("gd", per="token")
+def gd(policy: Scores) -> Tensor:
+    """Gradient descent: the token mean of the answer's negative log-likelihood.
+
+    Source: Maini et al. 2024 (TOFU), "grad_diff".
+    Differs: the token mean is taken over the whole window, not per micro-batch.
+    """
+    return -policy["original"].logp
+
+
+@retain_loss("kl", per="token", positions="attended", reference="distribution")
+def kl(policy: Scores, reference: Scores) -> Tensor:
+    """Stay near the reference: KL(reference || model) at every real token, token mean.
+
+    Source: Maini et al. 2024 (TOFU), dataloader.py "KL".
+    Differs: averaged over real tokens; the authors' batchmean also counts padding (to 500), which
+        dilutes it five- to tenfold.
+    """
+    ours, theirs = policy["original"], reference["original"]
+    assert ours.distribution is not None and theirs.distribution is not None
+    divergence = ours.distribution.map(_kl_divergence, theirs.distribution)
+    return ours.spread(divergence).sum(-1)
+
+
+def _kl_divergence(logps: Tensor, reference_logps: Tensor) -> Tensor:
+    return F.kl_div(logps, reference_logps, reduction="none", log_target=True).sum(-1)
+
+
+@retain_loss("ap", per="sequence", answers=("original", "idk"))
+def ap(policy: Scores, *, beta: float = 0.1) -> Tensor:
+    """Answer preservation: keep the answer likelier than a refusal, on retain questions.
+
+    -(1/beta) log sigmoid(beta * (S_refusal - S_answer)), sequence sums, no reference.
+
+    Source: Yuan et al. 2024 (closer look), losses.get_ap_loss.
+    Differs: no difference; the factor is 1/beta, not 2/beta.
+    """
+    margin = policy["original"].logp - policy["idk"].logp
+    return -1 / beta * F.logsigmoid(beta * margin)

@@ -1,0 +1,183 @@
+"""Models and tokenizers: from a folder or the hub, with adapters, or new and small."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from unlearn_llm.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """A fresh LoRA adapter (peft.LoraConfig)."""
+
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    target_modules: list[str] | str = "all-linear"
+
+
+@dataclass(frozen=True)
+class NewModel:
+    """A small model with random weights, and a BPE tokenizer trained on the run's own text."""
+
+    family: Literal["llama", "phi"] = "llama"
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    vocabulary: int = 2048
+    context: int = 512
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model, and how it is loaded."""
+
+    path: str | None = None
+    """Local folder or hub id."""
+    new: NewModel | None = None
+    """Instead of `path`: start from random weights (for `unlearn finetune`)."""
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the weights in memory; trainable ones are kept in float32 while they train."""
+    attention: str | None = None
+    """attn_implementation of transformers: sdpa, eager, flash_attention_2."""
+    lora: LoraSettings | None = None
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you trust its author."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """More keyword arguments of from_pretrained."""
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model; give it a pad token where it has none.
+
+    The pad token may be the end token: padding is marked by position, never by id.
+    """
+    tokenizer = _from_pretrained(
+        AutoTokenizer, settings, trust_remote_code=settings.trust_remote_code
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(settings: ModelSettings) -> PreTrainedModel:
+    """Load a causal language model, with a fresh adapter if asked for.
+
+    A folder with a peft adapter gives the base model with that adapter, trainable.
+    """
+    if settings.path and (Path(settings.path) / "adapter_config.json").is_file():
+        from peft import AutoPeftModelForCausalLM
+
+        return _from_pretrained(AutoPeftModelForCausalLM, settings, is_trainable=True)
+    dtype = DTYPES.get(settings.dtype, "auto")
+    model = _from_pretrained(
+        AutoModelForCausalLM,
+        settings,
+        dtype=dtype,
+        trust_remote_code=settings.trust_remote_code,
+        **({"attn_implementation": settings.attention} if settings.attention else {}),
+        **settings.extra,
+    )
+    if settings.lora is not None:
+        model = add_lora(model, settings.lora)
+    return model
+
+
+def add_lora(model: PreTrainedModel, lora: LoraSettings) -> Any:
+    """Wrap a model in a fresh LoRA adapter; only the adapter trains."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+        ),
+    )
+
+
+def new_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with pad, begin and end tokens on some text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    specials = ["<pad>", "<s>", "</s>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", specials.index("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def new_model(new: NewModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
+    """Build a Llama or Phi with random weights for this tokenizer."""
+    if new.hidden_size % new.heads:
+        raise UserError(
+            f"model.new: hidden_size must be a multiple of heads; got {new.hidden_size} and "
+            f"{new.heads}."
+        )
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        new.family,
+        vocab_size=len(tokenizer),
+        hidden_size=new.hidden_size,
+        intermediate_size=4 * new.hidden_size,
+        num_hidden_layers=new.layers,
+        num_attention_heads=new.heads,
+        num_key_value_heads=new.heads,
+        max_position_embeddings=new.context,
+        tie_word_embeddings=new.family == "llama",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def _from_pretrained(cls: Any, settings: ModelSettings, **keywords: Any) -> Any:
+    """Load from a folder or the hub; what goes wrong becomes one line."""
+    if settings.path is None:
+        raise UserError("model.path is missing: give a local folder or a hub id.")
+    folder = Path(settings.path).expanduser()
+    looks_local = settings.path.startswith((".", "/", "~")) or settings.path.count("/") > 1
+    if looks_local and not folder.is_dir():
+        raise UserError(f"model.path: there is no folder {settings.path}.")
+    try:
+        return cls.from_pretrained(
+            str(folder) if folder.is_dir() else settings.path,
+            revision=settings.revision or "main",
+            **keywords,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.path: cannot load {settings.path!r}: {reason}") from error

@@ -1,0 +1,158 @@
+"""What is minimised: losses by name, and pairs of them, written "idk+ap"."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from unlearn_llm.errors import UserError
+from unlearn_llm.registry import Registry, did_you_mean
+from unlearn_llm.types import Answer, Scored
+
+LossFn = Callable[..., Tensor]
+Per = Literal["token", "sequence"]
+Positions = Literal["answer", "attended"]
+Needs = Literal["logp", "distribution"]
+Kind = Literal["targeted", "untargeted"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One side of an objective: a function of scored sequences, and what it needs.
+
+    Called as `loss(policy, reference)` with one Scored per answer; returns (B,) float32, one
+    number per sequence. The trainer divides the sum over the window by what `per` names.
+
+    Attributes:
+        answers: The answers it reads ("original", "idk").
+        per: "token": the sum over sequences is divided by the number of scored tokens in the
+            window; "sequence": by the number of sequences. Mixing the two changes the weight of a
+            loss by the length of an answer.
+        positions: "answer" scores the answer's tokens, "attended" every real token.
+        reference: What it reads of the reference model, None if nothing.
+        kind: For forget losses, "targeted" if the model is taught what to say instead (OVR then
+            contains TFE), "untargeted" if not.
+        parameters: Keyword arguments bound by the recipe, such as beta.
+    """
+
+    name: str
+    function: LossFn
+    answers: tuple[Answer, ...]
+    per: Per
+    positions: Positions = "answer"
+    reference: Needs | None = None
+    kind: Kind | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(
+        self, policy: Mapping[Answer, Scored], reference: Mapping[Answer, Scored] | None = None
+    ) -> Tensor:
+        """Compute the loss of every sequence, (B,)."""
+        scored = (policy,) if self.reference is None else (policy, reference)
+        return self.function(*scored, **self.parameters)
+
+    def bind(self, parameters: Mapping[str, Any]) -> "Loss":
+        """Give keyword arguments of the loss.
+
+        Raises:
+            UserError: an argument that the loss does not have.
+        """
+        known = [
+            parameter.name
+            for parameter in inspect.signature(self.function).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        ]
+        for name in parameters:
+            if name not in known:
+                raise UserError(
+                    f"The loss {self.name!r} has no parameter {name!r}.{did_you_mean(name, known)} "
+                    f"It has {', '.join(known) or 'none'}."
+                )
+        return replace(self, parameters={**self.parameters, **parameters})
+
+
+FORGET_LOSSES: Registry[Loss] = Registry("forget loss")
+RETAIN_LOSSES: Registry[Loss] = Registry("retain loss")
+
+
+def forget_loss(
+    name: str,
+    *,
+    kind: Kind,
+    per: Per,
+    answers: tuple[Answer, ...] = ("original",),
+    positions: Positions = "answer",
+    reference: Needs | None = None,
+) -> Callable[[LossFn], Loss]:
+    """Register the decorated function as a forget loss; see Loss for the arguments."""
+
+    def register(function: LossFn) -> Loss:
+        loss = Loss(name, function, answers, per, positions, reference, kind)
+        return FORGET_LOSSES.add(name, loss)
+
+    return register
+
+
+def retain_loss(
+    name: str,
+    *,
+    per: Per,
+    answers: tuple[Answer, ...] = ("original",),
+    positions: Positions = "answer",
+    reference: Needs | None = None,
+) -> Callable[[LossFn], Loss]:
+    """Register the decorated function as a retain loss; see Loss for the arguments."""
+
+    def register(function: LossFn) -> Loss:
+        loss = Loss(name, function, answers, per, positions, reference)
+        return RETAIN_LOSSES.add(name, loss)
+
+    return register
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A forget loss and a retain loss, with their coefficients."""
+
+    forget: Loss
+    retain: Loss
+    forget_weight: float = 1.0
+    retain_weight: float = 1.0
+
+    @classmethod
+    def parse(
+        cls,
+        name: str,
+        *,
+        forget: Mapping[str, Any] | None = None,
+        retain: Mapping[str, Any] | None = None,
+        forget_weight: float = 1.0,
+        retain_weight: float = 1.0,
+    ) -> "Objective":
+        """Read "npo+kl": forget side, plus sign, retain side; exact names.
+
+        Args:
+            forget, retain: Parameters of the two losses, such as {"beta": 0.1}.
+
+        Raises:
+            UserError: the name has no plus sign, or a side is unknown.
+        """
+        forget_name, plus, retain_name = name.partition("+")
+        if not plus:
+            raise UserError(
+                f"objective: expected 'forget+retain' such as 'idk+ap', got {name!r}. "
+                f"Forget: {', '.join(FORGET_LOSSES)}; retain: {', '.join(RETAIN_LOSSES)}."
+            )
+        return cls(
+            FORGET_LOSSES[forget_name].bind(forget or {}),
+            RETAIN_LOSSES[retain_name].bind(retain or {}),
+            forget_weight,
+            retain_weight,
+        )
+
+    @property
+    def name(self) -> str:
+        """The name it was parsed from."""
+        return f"{self.forget.name}+{self.retain.name}"

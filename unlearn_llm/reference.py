@@ -1,0 +1,164 @@
+"""The frozen model that a loss compares with: cached numbers, a disabled adapter, or a copy."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from unlearn_llm.dataset import Collator, EncodedRows
+from unlearn_llm.objective import Positions
+from unlearn_llm.scoring import score
+from unlearn_llm.types import IGNORE_INDEX, Answer, Role, Scored, Sequences
+
+
+class Reference(Protocol):
+    """What the model said before unlearning began."""
+
+    def __call__(
+        self, role: Role, sequences: Mapping[Answer, Sequences], positions: Positions
+    ) -> Mapping[Answer, Scored]:
+        """Score sequences of a role with the frozen model, without gradient."""
+        ...
+
+
+class Precomputed:
+    """Log-probabilities of every row, computed once. No second model, whatever the sharding.
+
+    Valid because the answers of a row never change: a refusal is fixed by (seed, row).
+    """
+
+    def __init__(self, token_logps: Mapping[Role, Mapping[Answer, Sequence[Tensor]]]) -> None:
+        """Take, by role and answer, the log-probabilities of each row's scored tokens."""
+        self.token_logps = token_logps
+
+    @classmethod
+    def compute(
+        cls,
+        model: nn.Module,
+        rows: Mapping[Role, EncodedRows],
+        collator: Collator,
+        batch_size: int,
+        accelerator: Accelerator,
+    ) -> "Precomputed":
+        """Run the model once over all rows of the given roles; the ranks share the work."""
+        return cls(
+            {
+                role: _score_rows(model, encoded, collator, batch_size, accelerator)
+                for role, encoded in rows.items()
+            }
+        )
+
+    def __call__(
+        self, role: Role, sequences: Mapping[Answer, Sequences], positions: Positions
+    ) -> dict[Answer, Scored]:
+        """Look the rows up."""
+        scored = {}
+        for answer, batch in sequences.items():
+            mask = batch["labels"][:, 1:] != IGNORE_INDEX
+            rows = self.token_logps[role][answer]
+            values = torch.cat([rows[row] for row in batch["rows"].tolist()])
+            full = torch.zeros(mask.shape, device=mask.device)
+            scored[answer] = Scored(
+                mask,
+                batch["input_ids"][:, 1:],
+                token_logps=full.masked_scatter(mask, values.to(mask.device)),
+            )
+        return scored
+
+
+class DisabledAdapter:
+    """The model itself with its adapter switched off: the base model, at no extra memory.
+
+    Right only for a fresh adapter; a continued one differs from its base from the start (trap 12).
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(
+        self, role: Role, sequences: Mapping[Answer, Sequences], positions: Positions
+    ) -> dict[Answer, Scored]:
+        """Score with the base model."""
+        with frozen(self.model), self.model.disable_adapter():
+            return score(self.model, sequences, positions)
+
+
+class FrozenCopy:
+    """A second copy of the model as it was at the start."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False)
+
+    def __call__(
+        self, role: Role, sequences: Mapping[Answer, Sequences], positions: Positions
+    ) -> dict[Answer, Scored]:
+        """Score with the copy, on the device of the sequences."""
+        device = next(iter(sequences.values()))["input_ids"].device
+        self.model.to(device)
+        with frozen(self.model):
+            return score(self.model, sequences, positions)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluate without dropout and without gradient, then go back to the mode before."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def has_fresh_adapter(model: nn.Module) -> bool:
+    """Does the model carry a LoRA adapter that does not change it yet (all B matrices zero)?"""
+    matrices = [p for name, p in model.named_parameters() if "lora_B" in name]
+    return bool(matrices) and not any(bool(matrix.any()) for matrix in matrices)
+
+
+def _score_rows(
+    model: nn.Module,
+    encoded: EncodedRows,
+    collator: Collator,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> dict[Answer, list[Tensor]]:
+    # Longest first: batches need little padding, and memory runs out at once or never.
+    order = sorted(range(len(encoded)), key=lambda row: encoded.lengths[row], reverse=True)
+    mine = order[accelerator.process_index :: accelerator.num_processes]
+    found: list[tuple[Answer, int, Tensor]] = []
+    starts = tqdm(
+        range(0, len(mine), batch_size),
+        desc="reference log-probabilities",
+        disable=not accelerator.is_main_process,
+        leave=False,
+    )
+    for start in starts:
+        batch_rows = mine[start : start + batch_size]
+        samples = [encoded[row] for row in batch_rows]
+        sequences = {
+            answer: _to(collator.sequences([sample[answer] for sample in samples]), accelerator)
+            for answer in samples[0]
+        }
+        with frozen(model), accelerator.autocast():
+            for answer, scored in score(model, sequences).items():
+                for row, logps, mask in zip(
+                    batch_rows, scored.token_logps, scored.mask, strict=True
+                ):
+                    found.append((answer, row, logps[mask].cpu()))
+    table = {(answer, row): logps for answer, row, logps in gather_object(found)}
+    return {
+        answer: [table[answer, row] for row in range(len(encoded))] for answer in encoded.encoded
+    }
+
+
+def _to(sequences: Sequences, accelerator: Accelerator) -> Sequences:
+    moved = {key: tensor.to(accelerator.device) for key, tensor in sequences.items()}  # type: ignore[attr-defined]
+    return Sequences(**moved)  # type: ignore[typeddict-item]

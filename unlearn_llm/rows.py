@@ -1,0 +1,251 @@
+"""Where rows come from: files, the hub, TOFU by name, generated authors; and what is wrong in them.
+
+Private rows are read into memory only: no data-set cache keeps a copy of what is to be forgotten.
+"""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from unlearn_llm import synthetic
+from unlearn_llm.encode import row_list
+from unlearn_llm.errors import UserError
+from unlearn_llm.registry import did_you_mean
+
+TOFU_HUB = "locuslab/TOFU"
+COLUMN_PAIRS = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"))
+
+
+class QA(NamedTuple):
+    """A question and its answer."""
+
+    question: str
+    answer: str
+
+
+def load_rows(source: str, folder: str | None = None, seed: int = 0) -> list[dict[str, Any]]:
+    """Load rows as dicts.
+
+    Args:
+        source: One of
+            - a file: .json (a list, or one object per line), .jsonl, .csv, .parquet;
+            - "tofu/SPLIT": a TOFU split, from `folder` if given, else from the hub;
+            - "synthetic/SPLIT": generated authors, split names as in TOFU;
+            - "owner/name", "owner/name:config", "owner/name:config:split": a hub data set.
+        folder: Folder with TOFU's files (`forget10.json`...).
+        seed: Seed of generated authors.
+
+    Raises:
+        UserError: the file, split or data set is missing, empty or unreadable.
+    """
+    kind, _, split = source.partition("/")
+    if kind == "synthetic":
+        return synthetic.generate(split, seed=seed)
+    if kind == "tofu" and folder is not None:
+        return read_file(_tofu_file(Path(folder), split))
+    if kind == "tofu":
+        return _read_hub(f"{TOFU_HUB}:{split}")
+    path = Path(source).expanduser()
+    if path.suffix in READERS or path.exists():
+        return read_file(path)
+    return _read_hub(source)
+
+
+def read_file(path: Path) -> list[dict[str, Any]]:
+    """Read a .json, .jsonl, .csv or .parquet file.
+
+    Raises:
+        UserError: naming the file, and the line where one cannot be parsed.
+    """
+    if not path.is_file():
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")])
+        raise UserError(f"There is no file {path}.{near}")
+    reader = READERS.get(path.suffix)
+    if reader is None:
+        raise UserError(f"{path}: expected {', '.join(READERS)}, got {path.suffix!r}.")
+    try:
+        rows = reader(path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    if not rows:
+        raise UserError(f"{path} holds no rows.")
+    return rows
+
+
+def to_pairs(
+    rows: Sequence[Mapping[str, Any]],
+    where: str,
+    question_column: str | None = None,
+    answer_column: str | None = None,
+) -> list[QA]:
+    """Find question and answer in every row.
+
+    Known layouts: question/answer, prompt/completion, instruction/output, and `messages` (the last
+    user turn and the assistant's reply). Other names are given by the two column arguments.
+
+    Raises:
+        UserError: no known layout, a row without the column, a value that is not text.
+    """
+    if not rows:
+        raise UserError(f"{where} holds no rows.")
+    if question_column is None and answer_column is None and "messages" in rows[0]:
+        return [_from_messages(row["messages"], where, i) for i, row in enumerate(rows)]
+    question_column, answer_column = _columns(rows[0], where, question_column, answer_column)
+    pairs = []
+    for number, row in enumerate(rows):
+        values = [row.get(column) for column in (question_column, answer_column)]
+        for column, value in zip((question_column, answer_column), values, strict=True):
+            if not isinstance(value, str):
+                raise UserError(
+                    f"{where}, row {number}: column {column!r} should hold text, "
+                    f"got {type(value).__name__}."
+                )
+        pairs.append(QA(str(values[0]), str(values[1])))
+    return pairs
+
+
+def check_disjoint(forget: Sequence[QA], retain: Sequence[QA], allow_overlap: bool = False) -> None:
+    """Refuse forget rows that also stand in the retain set: one would undo the other.
+
+    Compares question and answer without case and repeated blanks.
+    """
+    kept = {_normal(pair) for pair in retain}
+    shared = [row for row, pair in enumerate(forget) if _normal(pair) in kept]
+    if shared and not allow_overlap:
+        raise UserError(
+            f"{len(shared)} forget rows also stand in the retain set (forget "
+            f"{row_list(shared)}), so they would be learnt again while they are forgotten. "
+            "Remove them from the retain set, or set data.allow_overlap: true."
+        )
+
+
+def split_tasks(
+    rows: Sequence[Mapping[str, Any]], task_id: str, where: str
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Split closer-look rows into those of one task and the others (which are retained).
+
+    Source: sail-sg/closer-look-LLM-unlearning forget.py: the retain set of a task is the retain
+    file and every task that is not unlearned.
+    """
+    known = sorted({str(row.get("task_id")) for row in rows})
+    if task_id not in known:
+        raise UserError(f"{where}: no row with task_id {task_id!r}; it has {', '.join(known)}.")
+    chosen = [row for row in rows if str(row["task_id"]) == task_id]
+    return chosen, [row for row in rows if str(row["task_id"]) != task_id]
+
+
+def _columns(
+    row: Mapping[str, Any], where: str, question: str | None, answer: str | None
+) -> tuple[str, str]:
+    for known_question, known_answer in COLUMN_PAIRS:
+        pair = (question or known_question, answer or known_answer)
+        if pair[0] in row and pair[1] in row:
+            return pair
+    asked = [name for name in (question, answer) if name and name not in row]
+    wanted = f"column {asked[0]!r}" if asked else "columns question and answer"
+    near = did_you_mean(asked[0] if asked else "answer", row)
+    raise UserError(
+        f"{where}: expected {wanted} (or prompt/completion, or messages); it has "
+        f"{', '.join(map(str, row))}.{near} Name them with data.question_column and "
+        "data.answer_column."
+    )
+
+
+def _from_messages(messages: Any, where: str, number: int) -> QA:
+    try:
+        question = next(m["content"] for m in reversed(messages) if m["role"] == "user")
+        answer = next(m["content"] for m in reversed(messages) if m["role"] == "assistant")
+    except (StopIteration, TypeError, KeyError) as error:
+        raise UserError(
+            f"{where}, row {number}: messages should hold a user and an assistant turn, each "
+            "with role and content."
+        ) from error
+    return QA(str(question), str(answer))
+
+
+def _normal(pair: QA) -> tuple[str, str]:
+    return " ".join(pair.question.casefold().split()), " ".join(pair.answer.casefold().split())
+
+
+def _tofu_file(folder: Path, split: str) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder} with TOFU's files (data.folder).")
+    for suffix in (".json", ".jsonl"):
+        if (folder / f"{split}{suffix}").is_file():
+            return folder / f"{split}{suffix}"
+    known = sorted(path.stem for path in folder.glob("*.json*"))
+    raise UserError(
+        f"{folder} has no TOFU split {split!r}.{did_you_mean(split, known)} "
+        f"It has {', '.join(known)}."
+    )
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        try:
+            return _objects(json.loads(text), path)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from error
+    return _read_json_lines(path)
+
+
+def _read_json_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    # Not splitlines(): U+2028 and its like may stand inside a JSON string.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error.msg}).") from error
+    return _objects(rows, path)
+
+
+def _objects(rows: Any, path: Path) -> list[dict[str, Any]]:
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {number}: expected an object, got {type(row).__name__}.")
+    return list(rows)
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return list(pyarrow.parquet.read_table(path).to_pylist())
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: not a Parquet file ({error}).") from error
+
+
+READERS = {
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def _read_hub(source: str) -> list[dict[str, Any]]:
+    import datasets
+
+    name, _, rest = source.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{source!r} is no file here, and no data set could be loaded under that name: "
+            f"{reason}"
+        ) from error
+    return [dict(row) for row in loaded]

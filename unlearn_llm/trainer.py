@@ -1,0 +1,444 @@
+"""UnlearnTrainer: connects objective, schedule, optimiser and reference. Contains no formula."""
+
+import copy
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+import unlearn_llm.losses  # noqa: F401  registers the names of the losses
+from unlearn_llm.config import UnlearnConfig
+from unlearn_llm.dataset import Collator, EncodedRows, RoleDataset, read_refusals
+from unlearn_llm.encode import CHAT, Encoder
+from unlearn_llm.errors import NonFiniteError, UserError
+from unlearn_llm.objective import Loss, Objective
+from unlearn_llm.optim import OPTIMIZERS, DualAdamW, set_role
+from unlearn_llm.progress import RoleLog
+from unlearn_llm.reference import (
+    DisabledAdapter,
+    FrozenCopy,
+    Precomputed,
+    Reference,
+    has_fresh_adapter,
+)
+from unlearn_llm.rows import QA, to_pairs
+from unlearn_llm.schedule import Schedule, ScheduledSampler
+from unlearn_llm.scoring import score
+from unlearn_llm.types import IGNORE_INDEX, Batch, Role, Sequences
+
+PLAN_FILE = "unlearn_plan.json"
+Rows = Sequence[QA] | Sequence[Mapping[str, Any]]
+
+
+class UnlearnTrainer(Trainer):
+    """A Trainer that forgets one data set and keeps another.
+
+    Everything of the Trainer (callbacks, `report_to`, `output_dir/checkpoint-N`, resume, LoRA,
+    `accelerate launch`) works as its users know it. Different are:
+
+    - A step trains the roles that the schedule names. All micro-batches of a step, on all ranks,
+      hold the same roles (trap 2).
+    - Token means are exact over the step: 4 x 1, 2 x 2 and 1 x 4 (micro-batch x accumulation) and
+      any number of ranks give the same weights (trap 8).
+    - `num_train_epochs` counts passes over the forget set; it is turned into `max_steps`.
+    - Logs are kept by role: `forget/loss`, `retain/grad_norm`...
+    - A loss or gradient that is not finite stops the run before the weights change.
+    - Trainable weights are kept in float32: in bfloat16 an update of 1e-5 would vanish.
+    """
+
+    args: UnlearnConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: UnlearnConfig,
+        *,
+        forget_dataset: Rows,
+        retain_dataset: Rows,
+        processing_class: PreTrainedTokenizerBase,
+        encoder: Encoder | None = None,
+        refusals: Sequence[str] | None = None,
+        objective: Objective | None = None,
+        schedule: Schedule | None = None,
+        reference: Reference | None = None,
+        evaluate_model: Callable[[nn.Module], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        """Check and encode everything before anything expensive happens.
+
+        Objects given here win over the names in `args`, as `optimizers=` does in the Trainer.
+
+        Args:
+            forget_dataset, retain_dataset: Questions and answers: QA pairs, or rows with columns
+                question/answer, prompt/completion or messages.
+            encoder: Prompt template and lengths; by default the tokenizer's chat template.
+            refusals: What "idk" answers are chosen from; by default the package's own.
+            evaluate_model: Gives scores of the model; called by `evaluate` (eval_strategy).
+
+        Raises:
+            UserError: for data, names or combinations that cannot work.
+        """
+        args = copy.copy(args)  # max_steps is set below; the caller's config stays as it was
+        self.objective = objective or args.build_objective()
+        self.schedule = schedule or args.build_schedule()
+        self.evaluate_model = evaluate_model
+        encoder = encoder or Encoder(processing_class, CHAT)
+        answers = {"forget": self.objective.forget.answers, "retain": self.objective.retain.answers}
+        datasets = {"forget": forget_dataset, "retain": retain_dataset}
+        refusals = refusals if refusals is not None else read_refusals()
+        encoded = {
+            role: EncodedRows(
+                _as_pairs(datasets[role], f"the {role} set"),
+                encoder,
+                answers[role],
+                refusals=refusals,
+                seed=args.seed,
+            )
+            for role in datasets
+        }
+        self.role_rows = RoleDataset(encoded["forget"], encoded["retain"])
+        self._window_rows = (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        )
+        if args.max_steps <= 0:
+            passes = args.num_train_epochs * len(encoded["forget"]) / self._window_rows
+            args.max_steps = self.schedule.steps_for(max(1, math.ceil(passes)))
+        self._check_combination(args)
+        _select_trainable(model, args.trainable)
+        _keep_float32_masters(model)
+        if args.gradient_checkpointing and hasattr(model, "peft_config"):
+            # Checkpointed blocks drop gradients when their input needs none, as under LoRA
+            # (trap 16; TRL does the same).
+            model.enable_input_require_grads()
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator(int(processing_class.pad_token_id)),
+            train_dataset=self.role_rows,
+            processing_class=processing_class,
+            callbacks=[*(callbacks or []), _ForgetLearningRate()],
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=_optimizer_class(args),
+        )
+        # Tells the Trainer that losses are not divided by num_items_in_batch (trap 8).
+        self.model_accepts_loss_kwargs = False
+        self.reference = reference
+        self.role_log = RoleLog()
+        self._denominators: dict[Role, Tensor | None] = {}
+
+    # Data: the plan of the whole run.
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Serve the plan of all steps; the loader's one epoch is the whole run (trap 3)."""
+        sampler = ScheduledSampler(
+            self.schedule,
+            lengths={role: rows.lengths for role, rows in self.role_rows.rows.items()},
+            steps=self.args.max_steps,
+            window=self._window_rows,
+            seed=self.args.seed,
+            pairing=self.args.pairing,
+        )
+        loader: DataLoader = DataLoader(
+            self.role_rows,
+            batch_size=self.args.per_device_train_batch_size,
+            sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        prepared: DataLoader = self.accelerator.prepare(loader)
+        return prepared
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], None]:
+        """Take the micro-batches of one step; check their roles; count what losses divide by."""
+        batches = [next(epoch_iterator) for _ in range(num_batches)]
+        roles = self.schedule.roles(self.state.global_step)
+        for batch in batches:
+            if tuple(batch) != roles:
+                raise RuntimeError(
+                    f"Step {self.state.global_step} drew roles {tuple(batch)} but the schedule "
+                    f"says {roles}. The data order does not match this run; resume with the same "
+                    "seed, per-device batch size, accumulation and world size, or start anew."
+                )
+        if len(roles) == 1:
+            set_role(self.optimizer, roles[0])
+        if self.args.averaging == "window":
+            counts = torch.tensor(
+                [sum(_count(self._loss(role), batch[role]) for batch in batches) for role in roles],
+                device=self.accelerator.device,
+            )
+            totals = self.accelerator.reduce(counts, "sum")
+            self._denominators = dict(zip(roles, totals, strict=True))
+        return batches, None
+
+    # One step.
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        """Compute the weighted losses of the roles in this micro-batch.
+
+        Each is this micro-batch's share of the mean over the window, so that the shares of all
+        micro-batches and ranks add up to the mean.
+        """
+        ranks, accumulation = self.args.world_size, self.current_gradient_accumulation_steps
+        total = torch.zeros((), device=self.accelerator.device)
+        with self.accelerator.autocast():
+            for role, sequences in inputs.items():
+                loss = self._loss(role)
+                policy = score(model, sequences, loss.positions)
+                reference = None
+                if loss.reference is not None:
+                    assert self.reference is not None  # made in train()
+                    reference = self.reference(role, sequences, loss.positions)
+                values = loss(policy, reference)
+                if self.args.averaging == "window":
+                    denominator: Any = self._denominators[role]
+                else:
+                    denominator = _count(loss, sequences) * accumulation * ranks
+                share = values.sum() / denominator
+                self.role_log.add_loss(role, share.detach())
+                total = total + self._weight(role) * share
+        # The Trainer divides by the accumulation steps and DDP averages over ranks; the shares
+        # are complete already.
+        return total * ranks * accumulation
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        """Stop before the optimiser steps if the loss or the gradient is not finite."""
+        norm = float(super()._get_grad_norm(model, grad_norm))
+        losses = self.role_log.end_step(norm, self.accelerator)
+        for role, loss in losses.items():
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                kept = get_last_checkpoint(self.args.output_dir)
+                raise NonFiniteError(
+                    f"Step {self.state.global_step}: the {role} loss is {loss:g} and the gradient "
+                    f"norm {norm:g}. Stopped before the weights changed. "
+                    f"{'Last good checkpoint: ' + kept if kept else 'No checkpoint was saved yet'}"
+                    ". Try a smaller learning rate or forget_weight, or a bounded forget loss "
+                    "(idk, me, npo)."
+                )
+        return norm
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **keywords: Any) -> Any:
+        """Train; see Trainer.train. A checkpoint of another plan is refused."""
+        if resume_from_checkpoint:
+            folder = resume_from_checkpoint
+            if folder is True:
+                folder = get_last_checkpoint(self.args.output_dir)
+                if folder is None:
+                    raise UserError(f"{self.args.output_dir} holds no checkpoint to resume from.")
+            self._check_plan(Path(str(folder)))
+        if self.reference is None:
+            # Before a checkpoint is loaded: the reference is the model at the start (trap 12).
+            self.reference = self._build_reference()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
+
+    def evaluate(self, *args: Any, **keywords: Any) -> dict[str, float]:
+        """Give the scores of the model, as `evaluate_model` computes them."""
+        if self.evaluate_model is None:
+            raise UserError(
+                "Nothing to evaluate with: give UnlearnTrainer(evaluate_model=...), or set "
+                "eval_strategy: no."
+            )
+        prefix = keywords.get("metric_key_prefix", "eval")
+        scores = self.evaluate_model(self.model)
+        metrics = {f"{prefix}_{name}": value for name, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log by role; one loss averaged over forget and retain steps would say nothing."""
+        logs.pop("train_loss", None)
+        if logs.pop("loss", None) is not None:
+            base = logs.pop("learning_rate")
+            rates = {"forget": base * self._forget_lr_scale, "retain": base}
+            logs.update(self.role_log.drain(rates))
+            drawn = self.role_log.steps["forget"] * self._window_rows
+            logs["forget/epoch"] = drawn / len(self.role_rows.rows["forget"])
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+                raise NonFiniteError(
+                    f"Step {self.state.global_step}: {name} holds values that are not finite. "
+                    "No checkpoint was written; the last good one is kept."
+                )
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / PLAN_FILE).write_text(json.dumps(self._plan(), indent=1))
+
+    # What the steps are made of.
+
+    def _loss(self, role: Role) -> Loss:
+        return self.objective.forget if role == "forget" else self.objective.retain
+
+    def _weight(self, role: Role) -> float:
+        is_forget = role == "forget"
+        return self.objective.forget_weight if is_forget else self.objective.retain_weight
+
+    @property
+    def _forget_lr_scale(self) -> float:
+        return _forget_lr_scale(self.args)
+
+    def _build_reference(self) -> Reference | None:
+        losses = {role: self._loss(role) for role in self.role_rows.rows}
+        needs = {role: loss.reference for role, loss in losses.items() if loss.reference}
+        choice = self.args.reference
+        if not needs:
+            return None
+        if choice == "precomputed" and "distribution" in needs.values():
+            raise UserError(
+                f"reference: precomputed keeps log-probabilities only, but {self.objective.name} "
+                "compares whole distributions. Use reference: auto."
+            )
+        if choice == "precomputed" or (choice == "auto" and set(needs.values()) == {"logp"}):
+            rows = {role: self.role_rows.rows[role] for role in needs}
+            batch_size = 4 * self.args.per_device_train_batch_size  # no gradients: more fits
+            return Precomputed.compute(
+                self.model, rows, self.data_collator, batch_size, self.accelerator
+            )
+        fresh = has_fresh_adapter(self.model)
+        if choice == "adapter" and not fresh:
+            raise UserError(
+                "reference: adapter needs a fresh LoRA adapter; with a continued one the base "
+                "model is not the model at the start. Use reference: frozen."
+            )
+        if choice == "adapter" or (choice == "auto" and fresh):
+            return DisabledAdapter(self.model)
+        return FrozenCopy(self.model)
+
+    def _check_combination(self, args: UnlearnConfig) -> None:
+        """Refuse what cannot work, before the model is touched."""
+        one_role = all(len(self.schedule.roles(step)) == 1 for step in range(args.max_steps))
+        cls = OPTIMIZERS[args.optimizer] if args.optimizer else None
+        if cls is not None and issubclass(cls, DualAdamW) and not one_role:
+            raise UserError(
+                f"{args.optimizer} keeps one state per role, so each step must train one role; "
+                f"schedule {args.schedule!r} trains both. Use schedule: alternate, or "
+                "optimizer: null."
+            )
+        if args.forget_learning_rate is not None and not one_role:
+            raise UserError(
+                "forget_learning_rate needs steps that train one role; schedule "
+                f"{args.schedule!r} trains both. Use forget_weight instead."
+            )
+        if args.n_gpu > 1:
+            raise UserError(
+                f"One process sees {args.n_gpu} GPUs. Start one process per GPU: "
+                "accelerate launch -m unlearn_llm train ..."
+            )
+        config = args.accelerator_config
+        if config.split_batches or config.dispatch_batches:
+            raise UserError(
+                "accelerator_config: split_batches and dispatch_batches must be off; the plan "
+                "deals whole micro-batches to the ranks."
+            )
+
+    def _plan(self) -> dict[str, Any]:
+        """What the order of the data depends on."""
+        return {
+            "objective": self.objective.name,
+            "schedule": repr(self.schedule),
+            "seed": self.args.seed,
+            "window": self._window_rows,
+            "micro_batch": self.args.per_device_train_batch_size,
+            "rows": {role: len(rows) for role, rows in self.role_rows.rows.items()},
+        }
+
+    def _check_plan(self, folder: Path) -> None:
+        if not (folder / PLAN_FILE).is_file():
+            raise UserError(f"{folder} is no checkpoint of an unlearning run ({PLAN_FILE}).")
+        saved, ours = json.loads((folder / PLAN_FILE).read_text()), self._plan()
+        for key, value in ours.items():
+            if saved.get(key) != value:
+                raise UserError(
+                    f"{folder} was made with {key}={saved.get(key)!r}, this run has {value!r}; it "
+                    "would draw other rows. Resume with the same settings, or start anew."
+                )
+
+
+class _ForgetLearningRate(TrainerCallback):
+    """Scales the learning rate of forget steps, for any optimiser."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._scheduled = [group["lr"] for group in kwargs["optimizer"].param_groups]
+        for group in kwargs["optimizer"].param_groups:
+            if group.get("role") == "forget":
+                group["lr"] = group["lr"] * _forget_lr_scale(args)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for group, lr in zip(kwargs["optimizer"].param_groups, self._scheduled, strict=True):
+            group["lr"] = lr
+
+
+def _forget_lr_scale(args: UnlearnConfig) -> float:
+    if args.forget_learning_rate is None:
+        return 1.0
+    return args.forget_learning_rate / args.learning_rate
+
+
+def _optimizer_class(args: UnlearnConfig) -> tuple[Any, dict[str, Any]] | None:
+    if args.optimizer is None:
+        return None
+    return OPTIMIZERS[args.optimizer], {"lr": args.learning_rate, **args.optimizer_parameters}
+
+
+def _as_pairs(rows: Rows, where: str) -> list[QA]:
+    if not len(rows):
+        raise UserError(f"{where} holds no rows.")
+    if isinstance(rows[0], QA):
+        return list(rows)  # type: ignore[arg-type]
+    return to_pairs(list(rows), where)  # type: ignore[arg-type]
+
+
+def _count(loss: Loss, sequences: Mapping[str, Sequences]) -> int:
+    """Count what the loss is averaged by: scored tokens of its answers, or sequences."""
+    if loss.per == "sequence":
+        return len(sequences[loss.answers[0]]["rows"])
+    counted = 0
+    for answer in loss.answers:
+        batch = sequences[answer]
+        if loss.positions == "answer":
+            counted += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+        else:
+            counted += int(batch["attention_mask"][:, 1:].sum())
+    return counted
+
+
+def _select_trainable(model: nn.Module, pattern: str | None) -> None:
+    if pattern is None:
+        return
+    names = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
+    if not names:
+        known = ", ".join(name for name, _ in list(model.named_parameters())[:5])
+        raise UserError(f"trainable: no parameter matches {pattern!r}; names look like {known}.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+
+
+def _keep_float32_masters(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()

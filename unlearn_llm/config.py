@@ -1,13 +1,13 @@
 """Every training knob: TrainingArguments and what unlearning adds to them."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin
 
 from transformers import TrainingArguments
 
 from unlearn_llm.errors import UserError
 from unlearn_llm.objective import Objective
-from unlearn_llm.schedule import SCHEDULES, Schedule
+from unlearn_llm.schedule import SCHEDULES, Pairing, Schedule
 
 
 @dataclass
@@ -28,7 +28,7 @@ class UnlearnConfig(TrainingArguments):
     """When each side is trained: joint or alternate."""
     schedule_parameters: dict[str, Any] = field(default_factory=dict)
     """For alternate: {forget: 1, retain: 5}, the number of steps of each side in a cycle."""
-    pairing: str = "random"
+    pairing: Pairing = "random"
     """Joint steps: does a forget row meet a new retain row in every pass (random), or always the
     same one (fixed, as in the authors' joint baseline)?"""
     optimizer: str | None = None
@@ -37,10 +37,10 @@ class UnlearnConfig(TrainingArguments):
     """Keyword arguments of the optimiser, such as {betas: [0.9, 0.95]}."""
     forget_learning_rate: float | None = None
     """Learning rate of forget steps; null: learning_rate."""
-    averaging: str = "window"
+    averaging: Literal["window", "micro_batch"] = "window"
     """Token means over the whole optimiser step on all ranks (window), or the mean of micro-batch
     means, which depends on how the batch is split (micro_batch, as in the authors' runs)."""
-    reference: str = "auto"
+    reference: Literal["auto", "precomputed", "adapter", "frozen"] = "auto"
     """Frozen model of npo, dpo, kl: auto, precomputed, adapter or frozen. auto computes
     log-probabilities once where they suffice, else disables a fresh adapter, else copies."""
     trainable: str | None = None
@@ -57,10 +57,10 @@ class UnlearnConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise UserError(f"{name}: expected {' or '.join(allowed)}, got {value!r}.")
+        for knob in fields(self):
+            value, allowed = getattr(self, knob.name), get_args(knob.type)
+            if get_origin(knob.type) is Literal and value not in allowed:
+                raise UserError(f"{knob.name}: expected {' or '.join(allowed)}, got {value!r}.")
         if self.remove_unused_columns or self.logging_nan_inf_filter:
             raise UserError(
                 "remove_unused_columns and logging_nan_inf_filter must be false: batches are keyed "
@@ -84,10 +84,3 @@ class UnlearnConfig(TrainingArguments):
             return schedule(**self.schedule_parameters)
         except TypeError as error:
             raise UserError(f"schedule_parameters of {self.schedule!r}: {error}.") from error
-
-
-CHOICES = {
-    "pairing": ("random", "fixed"),
-    "averaging": ("window", "micro_batch"),
-    "reference": ("auto", "precomputed", "adapter", "frozen"),
-}

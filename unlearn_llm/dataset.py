@@ -98,11 +98,8 @@ class RoleDataset(Dataset):
         return sum(len(rows) for rows in self.rows.values())
 
     def __getitem__(self, draw: Draw) -> dict[Role, dict[Answer, tuple[int, Encoded]]]:
-        return {
-            role: self.rows[role][index]
-            for role, index in (("forget", draw.forget), ("retain", draw.retain))
-            if index is not None
-        }
+        drawn: dict[Role, int | None] = {"forget": draw.forget, "retain": draw.retain}
+        return {role: self.rows[role][row] for role, row in drawn.items() if row is not None}
 
 
 @dataclass(frozen=True)

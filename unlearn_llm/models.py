@@ -1,5 +1,6 @@
 """Models and tokenizers: from a folder or the hub, with adapters, or new and small."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,6 +163,25 @@ def new_model(new: NewModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) 
         pad_token_id=tokenizer.pad_token_id,
     )
     return AutoModelForCausalLM.from_config(config)
+
+
+def select_trainable(model: torch.nn.Module, pattern: str | None) -> None:
+    """Train only the parameters whose name matches a regular expression; None: as they are."""
+    if pattern is None:
+        return
+    names = {name for name, _ in model.named_parameters() if re.search(pattern, name)}
+    if not names:
+        known = ", ".join(name for name, _ in list(model.named_parameters())[:5])
+        raise UserError(f"trainable: no parameter matches {pattern!r}; names look like {known}.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+
+
+def keep_float32_masters(model: torch.nn.Module) -> None:
+    """Keep trainable weights in float32: in bfloat16 an update of 1e-5 is rounded away."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
 
 
 def _from_pretrained(cls: Any, settings: ModelSettings, **keywords: Any) -> Any:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from unlearn_llm.dataset import Collator, EncodedRows
-from unlearn_llm.objective import Positions
+from unlearn_llm.errors import UserError
+from unlearn_llm.objective import Needs, Positions
 from unlearn_llm.scoring import score
 from unlearn_llm.types import IGNORE_INDEX, Answer, Role, Scored, Sequences
 
@@ -103,6 +104,46 @@ class FrozenCopy:
         self.model.to(device)
         with frozen(self.model):
             return score(self.model, sequences, positions)
+
+
+def choose_reference(
+    choice: str,
+    needs: Mapping[Role, Needs],
+    model: Any,
+    rows: Mapping[Role, EncodedRows],
+    collator: Collator,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> Reference | None:
+    """Make the cheapest reference that gives what the losses need.
+
+    Args:
+        choice: "auto", or one of the kinds by name (UnlearnConfig.reference).
+        needs: What the loss of each role reads of the reference; roles without need left out.
+        model: The model as it is before training.
+
+    Raises:
+        UserError: the kind asked for cannot give what is needed.
+    """
+    if not needs:
+        return None
+    if choice == "precomputed" and "distribution" in needs.values():
+        raise UserError(
+            "reference: precomputed keeps log-probabilities only, but this objective compares "
+            "whole distributions. Use reference: auto."
+        )
+    if choice == "precomputed" or (choice == "auto" and set(needs.values()) == {"logp"}):
+        chosen = {role: rows[role] for role in needs}
+        return Precomputed.compute(model, chosen, collator, batch_size, accelerator)
+    fresh = has_fresh_adapter(model)
+    if choice == "adapter" and not fresh:
+        raise UserError(
+            "reference: adapter needs a fresh LoRA adapter; with a continued one the base model "
+            "is not the model at the start. Use reference: frozen."
+        )
+    if choice == "adapter" or (choice == "auto" and fresh):
+        return DisabledAdapter(model)
+    return FrozenCopy(model)
 
 
 @contextmanager

@@ -68,7 +68,9 @@ def read_file(path: Path) -> list[dict[str, Any]]:
     try:
         rows = reader(path)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
+        raise UserError(
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start})."
+        ) from error
     if not rows:
         raise UserError(f"{path} holds no rows.")
     return rows
@@ -245,7 +247,6 @@ def _read_hub(source: str) -> list[dict[str, Any]]:
     except Exception as error:  # the hub's client raises a dozen unrelated types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{source!r} is no file here, and no data set could be loaded under that name: "
-            f"{reason}"
+            f"{source!r} is no file here, and no data set could be loaded under that name: {reason}"
         ) from error
     return [dict(row) for row in loaded]

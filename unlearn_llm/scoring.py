@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -126,7 +127,7 @@ def hidden_states_for_logits(model: nn.Module) -> Iterator[Head]:
     vocabulary = head.out_features
     original = head.forward
     # On the instance, so that the class and other models stay as they are.
-    head.forward = lambda hidden: hidden  # type: ignore[method-assign]
+    head.forward = nn.Identity().forward  # type: ignore[method-assign]
     try:
         yield Head(original, vocabulary)
     finally:
@@ -134,11 +135,8 @@ def hidden_states_for_logits(model: nn.Module) -> Iterator[Head]:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """Find the transformers model inside DDP, compile and peft wrappers."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "get_base_model"):  # peft's own name for this question
-            model = model.get_base_model()
-        else:
-            return model
+    """Find the transformers model inside DDP and peft wrappers."""
+    found: Any = model
+    if isinstance(found, nn.parallel.DistributedDataParallel):
+        found = found.module
+    return found.get_base_model() if isinstance(found, PeftModel) else found

@@ -1,9 +1,7 @@
 """UnlearnTrainer: connects objective, schedule, optimiser and reference. Contains no formula."""
 
 import copy
-import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,29 +10,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 import unlearn_llm.losses  # noqa: F401  registers the names of the losses
+from unlearn_llm.callbacks import ForgetLearningRate, forget_lr_scale
 from unlearn_llm.config import UnlearnConfig
 from unlearn_llm.dataset import Collator, EncodedRows, RoleDataset, read_refusals
 from unlearn_llm.encode import CHAT, Encoder
 from unlearn_llm.errors import NonFiniteError, UserError
+from unlearn_llm.models import keep_float32_masters, select_trainable
 from unlearn_llm.objective import Loss, Objective
 from unlearn_llm.optim import OPTIMIZERS, DualAdamW, set_role
+from unlearn_llm.plan import Plan
 from unlearn_llm.progress import RoleLog
-from unlearn_llm.reference import (
-    DisabledAdapter,
-    FrozenCopy,
-    Precomputed,
-    Reference,
-    has_fresh_adapter,
-)
+from unlearn_llm.reference import Reference, choose_reference
 from unlearn_llm.rows import QA, to_pairs
 from unlearn_llm.schedule import Schedule, ScheduledSampler
 from unlearn_llm.scoring import score
-from unlearn_llm.types import IGNORE_INDEX, Batch, Role, Sequences
+from unlearn_llm.types import IGNORE_INDEX, ROLES, Batch, Role, Sequences
 
-PLAN_FILE = "unlearn_plan.json"
 Rows = Sequence[QA] | Sequence[Mapping[str, Any]]
 
 
@@ -88,44 +82,43 @@ class UnlearnTrainer(Trainer):
             UserError: for data, names or combinations that cannot work.
         """
         args = copy.copy(args)  # max_steps is set below; the caller's config stays as it was
-        self.objective = objective or args.build_objective()
-        self.schedule = schedule or args.build_schedule()
+        self.objective: Objective = objective or args.build_objective()
+        self.schedule: Schedule = schedule or args.build_schedule()
         self.evaluate_model = evaluate_model
         encoder = encoder or Encoder(processing_class, CHAT)
-        answers = {"forget": self.objective.forget.answers, "retain": self.objective.retain.answers}
-        datasets = {"forget": forget_dataset, "retain": retain_dataset}
         refusals = refusals if refusals is not None else read_refusals()
-        encoded = {
-            role: EncodedRows(
-                _as_pairs(datasets[role], f"the {role} set"),
+        forget, retain = (
+            EncodedRows(
+                _as_pairs(rows, f"the {role} set"),
                 encoder,
-                answers[role],
+                self._loss(role).answers,
                 refusals=refusals,
                 seed=args.seed,
             )
-            for role in datasets
-        }
-        self.role_rows = RoleDataset(encoded["forget"], encoded["retain"])
+            for role, rows in zip(ROLES, (forget_dataset, retain_dataset), strict=True)
+        )
+        self.role_rows = RoleDataset(forget, retain)
         self._window_rows = (
             args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         )
         if args.max_steps <= 0:
-            passes = args.num_train_epochs * len(encoded["forget"]) / self._window_rows
+            passes = args.num_train_epochs * len(forget) / self._window_rows
             args.max_steps = self.schedule.steps_for(max(1, math.ceil(passes)))
         self._check_combination(args)
-        _select_trainable(model, args.trainable)
-        _keep_float32_masters(model)
+        select_trainable(model, args.trainable)
+        keep_float32_masters(model)
         if args.gradient_checkpointing and hasattr(model, "peft_config"):
             # Checkpointed blocks drop gradients when their input needs none, as under LoRA
             # (trap 16; TRL does the same).
             model.enable_input_require_grads()
+        self.collator = Collator(int(processing_class.pad_token_id))
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(int(processing_class.pad_token_id)),
+            data_collator=self.collator,  # type: ignore[arg-type]  # batches are keyed by role
             train_dataset=self.role_rows,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), _ForgetLearningRate()],
+            callbacks=[*(callbacks or []), ForgetLearningRate()],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=_optimizer_class(args),
         )
@@ -151,7 +144,7 @@ class UnlearnTrainer(Trainer):
             self.role_rows,
             batch_size=self.args.per_device_train_batch_size,
             sampler=sampler,
-            collate_fn=self.data_collator,
+            collate_fn=self.collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
@@ -173,6 +166,7 @@ class UnlearnTrainer(Trainer):
                     f"says {roles}. The data order does not match this run; resume with the same "
                     "seed, per-device batch size, accumulation and world size, or start anew."
                 )
+        assert self.optimizer is not None  # the Trainer made it before the first batch
         if len(roles) == 1:
             set_role(self.optimizer, roles[0])
         if self.args.averaging == "window":
@@ -186,7 +180,7 @@ class UnlearnTrainer(Trainer):
 
     # One step.
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]  # batches are keyed by role
         self,
         model: nn.Module,
         inputs: Batch,
@@ -236,7 +230,9 @@ class UnlearnTrainer(Trainer):
                 )
         return norm
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **keywords: Any) -> Any:
+    def train(  # type: ignore[override]  # the rest is passed on as it is
+        self, resume_from_checkpoint: str | bool | None = None, **keywords: Any
+    ) -> TrainOutput:
         """Train; see Trainer.train. A checkpoint of another plan is refused."""
         if resume_from_checkpoint:
             folder = resume_from_checkpoint
@@ -244,7 +240,7 @@ class UnlearnTrainer(Trainer):
                 folder = get_last_checkpoint(self.args.output_dir)
                 if folder is None:
                     raise UserError(f"{self.args.output_dir} holds no checkpoint to resume from.")
-            self._check_plan(Path(str(folder)))
+            self._plan().check(Path(str(folder)))
         if self.reference is None:
             # Before a checkpoint is loaded: the reference is the model at the start (trap 12).
             self.reference = self._build_reference()
@@ -258,6 +254,7 @@ class UnlearnTrainer(Trainer):
                 "eval_strategy: no."
             )
         prefix = keywords.get("metric_key_prefix", "eval")
+        assert self.model is not None
         scores = self.evaluate_model(self.model)
         metrics = {f"{prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
@@ -270,15 +267,17 @@ class UnlearnTrainer(Trainer):
         """Log by role; one loss averaged over forget and retain steps would say nothing."""
         logs.pop("train_loss", None)
         if logs.pop("loss", None) is not None:
+            logs.pop("grad_norm", None)
             base = logs.pop("learning_rate")
-            rates = {"forget": base * self._forget_lr_scale, "retain": base}
+            rates: dict[Role, float] = {"forget": base * forget_lr_scale(self.args), "retain": base}
             logs.update(self.role_log.drain(rates))
-            drawn = self.role_log.steps["forget"] * self._window_rows
-            logs["forget/epoch"] = drawn / len(self.role_rows.rows["forget"])
+            for role, rows in self.role_rows.rows.items():
+                steps = sum(role in self.schedule.roles(i) for i in range(self.state.global_step))
+                logs[f"{role}/epoch"] = steps * self._window_rows / len(rows)
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in model.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise NonFiniteError(
                     f"Step {self.state.global_step}: {name} holds values that are not finite. "
@@ -286,8 +285,8 @@ class UnlearnTrainer(Trainer):
                 )
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            (folder / PLAN_FILE).write_text(json.dumps(self._plan(), indent=1))
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            self._plan().write(folder)
 
     # What the steps are made of.
 
@@ -298,36 +297,17 @@ class UnlearnTrainer(Trainer):
         is_forget = role == "forget"
         return self.objective.forget_weight if is_forget else self.objective.retain_weight
 
-    @property
-    def _forget_lr_scale(self) -> float:
-        return _forget_lr_scale(self.args)
-
     def _build_reference(self) -> Reference | None:
-        losses = {role: self._loss(role) for role in self.role_rows.rows}
-        needs = {role: loss.reference for role, loss in losses.items() if loss.reference}
-        choice = self.args.reference
-        if not needs:
-            return None
-        if choice == "precomputed" and "distribution" in needs.values():
-            raise UserError(
-                f"reference: precomputed keeps log-probabilities only, but {self.objective.name} "
-                "compares whole distributions. Use reference: auto."
-            )
-        if choice == "precomputed" or (choice == "auto" and set(needs.values()) == {"logp"}):
-            rows = {role: self.role_rows.rows[role] for role in needs}
-            batch_size = 4 * self.args.per_device_train_batch_size  # no gradients: more fits
-            return Precomputed.compute(
-                self.model, rows, self.data_collator, batch_size, self.accelerator
-            )
-        fresh = has_fresh_adapter(self.model)
-        if choice == "adapter" and not fresh:
-            raise UserError(
-                "reference: adapter needs a fresh LoRA adapter; with a continued one the base "
-                "model is not the model at the start. Use reference: frozen."
-            )
-        if choice == "adapter" or (choice == "auto" and fresh):
-            return DisabledAdapter(self.model)
-        return FrozenCopy(self.model)
+        losses = {role: self._loss(role) for role in ROLES}
+        return choose_reference(
+            self.args.reference,
+            {role: loss.reference for role, loss in losses.items() if loss.reference},
+            self.model,
+            self.role_rows.rows,
+            self.collator,
+            4 * self.args.per_device_train_batch_size,  # no gradients: more fits
+            self.accelerator,
+        )
 
     def _check_combination(self, args: UnlearnConfig) -> None:
         """Refuse what cannot work, before the model is touched."""
@@ -349,54 +329,23 @@ class UnlearnTrainer(Trainer):
                 f"One process sees {args.n_gpu} GPUs. Start one process per GPU: "
                 "accelerate launch -m unlearn_llm train ..."
             )
-        config = args.accelerator_config
+        config: Any = args.accelerator_config
         if config.split_batches or config.dispatch_batches:
             raise UserError(
                 "accelerator_config: split_batches and dispatch_batches must be off; the plan "
                 "deals whole micro-batches to the ranks."
             )
 
-    def _plan(self) -> dict[str, Any]:
-        """What the order of the data depends on."""
-        return {
-            "objective": self.objective.name,
-            "schedule": repr(self.schedule),
-            "seed": self.args.seed,
-            "window": self._window_rows,
-            "micro_batch": self.args.per_device_train_batch_size,
-            "rows": {role: len(rows) for role, rows in self.role_rows.rows.items()},
-        }
-
-    def _check_plan(self, folder: Path) -> None:
-        if not (folder / PLAN_FILE).is_file():
-            raise UserError(f"{folder} is no checkpoint of an unlearning run ({PLAN_FILE}).")
-        saved, ours = json.loads((folder / PLAN_FILE).read_text()), self._plan()
-        for key, value in ours.items():
-            if saved.get(key) != value:
-                raise UserError(
-                    f"{folder} was made with {key}={saved.get(key)!r}, this run has {value!r}; it "
-                    "would draw other rows. Resume with the same settings, or start anew."
-                )
-
-
-class _ForgetLearningRate(TrainerCallback):
-    """Scales the learning rate of forget steps, for any optimiser."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._scheduled = [group["lr"] for group in kwargs["optimizer"].param_groups]
-        for group in kwargs["optimizer"].param_groups:
-            if group.get("role") == "forget":
-                group["lr"] = group["lr"] * _forget_lr_scale(args)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for group, lr in zip(kwargs["optimizer"].param_groups, self._scheduled, strict=True):
-            group["lr"] = lr
-
-
-def _forget_lr_scale(args: UnlearnConfig) -> float:
-    if args.forget_learning_rate is None:
-        return 1.0
-    return args.forget_learning_rate / args.learning_rate
+    def _plan(self) -> Plan:
+        return Plan(
+            objective=self.objective.name,
+            schedule=repr(self.schedule),
+            seed=self.args.seed,
+            window=self._window_rows,
+            micro_batch=self.args.per_device_train_batch_size,
+            forget_rows=len(self.role_rows.rows["forget"]),
+            retain_rows=len(self.role_rows.rows["retain"]),
+        )
 
 
 def _optimizer_class(args: UnlearnConfig) -> tuple[Any, dict[str, Any]] | None:
@@ -425,20 +374,3 @@ def _count(loss: Loss, sequences: Mapping[str, Sequences]) -> int:
         else:
             counted += int(batch["attention_mask"][:, 1:].sum())
     return counted
-
-
-def _select_trainable(model: nn.Module, pattern: str | None) -> None:
-    if pattern is None:
-        return
-    names = [name for name, _ in model.named_parameters() if re.search(pattern, name)]
-    if not names:
-        known = ", ".join(name for name, _ in list(model.named_parameters())[:5])
-        raise UserError(f"trainable: no parameter matches {pattern!r}; names look like {known}.")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in names)
-
-
-def _keep_float32_masters(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()

@@ -31,15 +31,6 @@ UFE = MU6 - {"token_entropy"}
 TFE = frozenset({"token_entropy", "refusal_entailment"})
 
 
-def aggregate(name: str) -> Callable[[Aggregate], Aggregate]:
-    """Register the decorated function as the aggregate `name`."""
-
-    def register(function: Aggregate) -> Aggregate:
-        return AGGREGATES.add(name, function)
-
-    return register
-
-
 @aggregate("mean")
 def mean(columns: Columns, *, probe: str, metric: str) -> Score:
     """Arithmetic mean of one column.

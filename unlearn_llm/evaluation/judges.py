@@ -132,8 +132,12 @@ def _load_entailment(source: str, device: str | None) -> Judge:
     from transformers import pipeline
 
     # Typed loosely: transformers types `pipeline` by a hundred overloads of literal task names.
-    make: Callable[..., Callable[..., Any]] = pipeline
-    return EntailmentJudge(_name(source), make("text-classification", model=source, device=device))
+    make: Callable[..., Any] = pipeline
+    classify = make("text-classification", model=source, device=device)
+    labels = [str(label).lower() for label in classify.model.config.id2label.values()]
+    if "entailment" not in labels:  # or every row would score 0
+        raise ValueError(f"its labels are {', '.join(labels)}, and none is 'entailment'")
+    return EntailmentJudge(_name(source), classify)
 
 
 def _load_similarity(source: str, device: str | None) -> Judge:

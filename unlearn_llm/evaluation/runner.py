@@ -18,14 +18,24 @@ from transformers.utils import logging
 
 from unlearn_llm.dataset import Collator
 from unlearn_llm.encode import Encoded, Encoder
-from unlearn_llm.evaluation.requests import Generate, Generation, LogProb, LogProbResult
-from unlearn_llm.evaluation.requests import Request, Result
-from unlearn_llm.scoring import score, unwrapped
+from unlearn_llm.evaluation.cache import roomy_cache
+from unlearn_llm.evaluation.requests import (
+    Generate,
+    Generation,
+    LogProb,
+    LogProbResult,
+    Request,
+    Result,
+)
+from unlearn_llm.scoring import PLAIN_HEADS, score, unwrapped
 
 T = TypeVar("T")
 
 MULTIPLE = 16
 """Padded lengths are rounded up to a multiple of this, so that few distinct shapes occur."""
+CPU_BUDGET = 2048
+"""Tokens of a scored batch on a CPU: larger ones fall out of its caches and are a third slower."""
+GPU_BUDGET = 16384
 FIRST_TOKENS = 64
 """Rows that have not ended after so many new tokens are gathered and continued together.
 
@@ -45,10 +55,12 @@ class Runner:
     """Asks one model.
 
     Attributes:
-        token_budget: Most tokens (rows x padded length) of a batch that is scored.
+        token_budget: Most tokens (rows x padded length) of a batch that is scored; None: what
+            is quick on the model's device. Batches that do not fit into memory are halved.
         generation_budget: Most tokens (rows x (padded prompt + new tokens)) of a batch that
             generates; it bounds the key-value cache.
         max_new_tokens: Where a generation is cut.
+        max_total_tokens: Where prompt and generation together are cut, too.
         progress: Show progress bars; None: when stderr is a terminal and transformers shows its
             own.
     """
@@ -58,23 +70,28 @@ class Runner:
         model: nn.Module,
         encoder: Encoder,
         *,
-        token_budget: int = 8192,
+        token_budget: int | None = None,
         generation_budget: int = 65536,
         max_new_tokens: int = 200,
+        max_total_tokens: int | None = None,
         progress: bool | None = None,
     ) -> None:
         # DDP broadcasts buffers in every forward, which hangs when ranks run unlike many batches.
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
         self.encoder = encoder
-        self.token_budget = token_budget
+        on_cpu = unwrapped(self.model).device.type == "cpu"
+        self.token_budget = token_budget or (CPU_BUDGET if on_cpu else GPU_BUDGET)
         self.generation_budget = generation_budget
         self.max_new_tokens = max_new_tokens
+        self.max_total_tokens = max_total_tokens
         if progress is None:
             progress = sys.stderr.isatty() and logging.is_progress_bar_enabled()
         self.progress = progress
         tokenizer = encoder.tokenizer
         pad_id = tokenizer.pad_token_id
-        self._collator = Collator(int(tokenizer.eos_token_id if pad_id is None else pad_id), MULTIPLE)
+        self._collator = Collator(
+            int(tokenizer.eos_token_id if pad_id is None else pad_id), MULTIPLE
+        )
         self._stop_ids = stop_ids(self.model, encoder)
 
     def run(self, requests: Iterable[Request]) -> dict[Request, Result]:
@@ -149,7 +166,10 @@ class Runner:
         limit: int,
     ) -> Iterator[tuple[Generate, list[int]]]:
         """Let each row go on for up to `limit` tokens, or to the end of the model's context."""
-        context = getattr(unwrapped(self.model).config, "max_position_embeddings", None)
+        config = unwrapped(self.model).config
+        context = getattr(config, "max_position_embeddings", None)
+        if self.max_total_tokens is not None:
+            context = min(context or self.max_total_tokens, self.max_total_tokens)
         by_limit: dict[int, list[Item]] = {}
         for request, prompt in rows:
             ids = prompt + new_ids[request]
@@ -171,11 +191,14 @@ class Runner:
         reversed_ids = [item.ids[::-1] for item in batch]  # the collator pads on the right
         ids = self._collator.pad(reversed_ids, self._collator.pad_id).flip(1)
         mask = self._collator.pad([[1] * len(item.ids) for item in batch], 0).flip(1)
-        device = unwrapped(self.model).device
+        inner = unwrapped(self.model)
+        device = inner.device
+        known = inner.config.model_type in PLAIN_HEADS  # others may bring caches of their own
         generated = self.model.generate(  # type: ignore[operator]
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             generation_config=self._greedy_config(limit),
+            **({"past_key_values": roomy_cache(inner)} if known else {}),
         )
         return [
             (item.key, self._cut(row))

@@ -126,7 +126,8 @@ def similarity(rows: Sequence[Row], judge: Judge) -> Column:
         difference with that judge; the score's name carries the judge's.
     """
     pairs = [_similarity_pair(row) for row in rows]
-    cosines = iter(judge([pair for pair in pairs if pair]))
+    asked = [pair for pair in pairs if pair]
+    cosines = iter(judge(asked) if asked else [])
     return [_not_negative(float(next(cosines))) if pair else None for pair in pairs]
 
 

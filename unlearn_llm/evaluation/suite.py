@@ -1,0 +1,191 @@
+"""Suites: which questions are put to a model, what is measured, and which scores are made of it.
+
+A suite is a YAML file in `eval/`. Running one is evaluate.py's business.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from unlearn_llm.errors import RecipeError
+from unlearn_llm.evaluation import options as aggregate_options
+from unlearn_llm.evaluation.metrics import METRICS
+from unlearn_llm.registry import did_you_mean
+from unlearn_llm.resources import EVAL
+from unlearn_llm.strict_yaml import read_yaml, validated
+
+
+class Strict(BaseModel):
+    """A part of a suite; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Columns(Strict):
+    """Which columns of the data the parts of a Sample are read from."""
+
+    question: str = "question"
+    answer: str = "answer"
+    paraphrased: str | None = None
+    """None: the answer takes its part in the truth ratio."""
+    perturbed: str | None = None
+    reference: str | None = None
+    """What similarity and entailment compare with. None, or a column that the data lacks: the
+    answer."""
+    similar_to: str | None = None
+
+
+class Probe(Strict):
+    """One set of questions put to a model, with the metrics taken on it."""
+
+    source: str
+    """As rows.load_rows takes it; `{split}` stands for the suite's split."""
+    metrics: list[str]
+    columns: Columns = Columns()
+    limit: int | Literal["all"] | None = None
+    """First rows that are used; None: the suite's limit."""
+
+
+class ScoreOf(Strict):
+    """One score: an aggregate, and what it shall read."""
+
+    aggregate: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Suite(Strict):
+    """What is asked of a model and what is made of its answers.
+
+    The fields above `probes` are what differs between runs; `Suite.load` takes them as keywords.
+    """
+
+    name: str
+    split: str = "forget10"
+    """The forget split: forget01, forget05, forget10."""
+    folder: str | None = None
+    """Folder with TOFU's files; None: the hub."""
+    data_seed: int = 0
+    """Seed of generated authors (`synthetic/...`)."""
+    limit: int | Literal["all"] = "all"
+    """First rows of every probe that are used. The papers: 300."""
+    row_order: Literal["official", "closer_look"] = "official"
+    """Order of the forget split's rows: TOFU's, or that of closer-look's and DualOptim(+)'s files.
+    With a limit it decides which rows are used; row ids stay the numbers in TOFU's file."""
+    objective_kind: Literal["targeted", "untargeted"] = "untargeted"
+    """Whether the forget loss teaches a refusal; OVR then contains TFE."""
+    refusals: str | None = None
+    """File of refusal lines; None: the package's own."""
+    seed: int = 0
+    """Of the refusal line of each row."""
+    max_new_tokens: int = Field(default=200, ge=1)
+    max_total_tokens: int | None = Field(default=None, ge=2)
+    """Most tokens of prompt and generation together (TOFU's code: 200); None: no such limit."""
+    reference: str | None = None
+    """records.jsonl of a model that never saw the forget set, for forget quality."""
+    judges: dict[Literal["entailment", "similarity"], str | None] = Field(default_factory=dict)
+    """Models that read texts, on the hub or in a folder. None or absent: not measured."""
+    proxies: bool = False
+    """Take the metrics that count words in place of those that need a judge. All scores made of
+    them are named `..._proxy`: they are NOT comparable with published numbers."""
+    probes: dict[str, Probe]
+    scores: dict[str, ScoreOf]
+
+    @classmethod
+    def load(cls, name_or_path: str | Path, **overrides: Any) -> "Suite":
+        """Read a suite from a file, or by its name in `eval/`; keywords replace its fields.
+
+        Raises:
+            RecipeError: no such suite, an unknown key, a value that does not fit.
+        """
+        path = _find(str(name_or_path))
+        return validated(cls, {**read_yaml(path), **overrides}, path.name)
+
+    def with_proxies(self) -> "Suite":
+        """Give the suite with its proxies put in place and `_proxy` in the names, if it has any."""
+        if not self.proxies:
+            return self
+        probes = {
+            name: probe.model_copy(
+                update={"metrics": [aggregate_options.proxy_of(m) for m in probe.metrics]}
+            )
+            for name, probe in self.probes.items()
+        }
+        scores = {}
+        for name, score in self.scores.items():
+            replaced = aggregate_options.with_proxies(score.aggregate, score.options)
+            changed = replaced != score.options
+            scores[f"{name}_proxy" if changed else name] = score.model_copy(
+                update={"options": replaced}
+            )
+        return self.model_copy(update={"probes": probes, "scores": scores})
+
+    def options_of(self, score: ScoreOf) -> dict[str, Any]:
+        """Give the aggregate's options, with those that the suite decides."""
+        wanted = aggregate_options.known(score.aggregate)
+        decided = {"kind": self.objective_kind} if "kind" in wanted else {}
+        return {**decided, **score.options}
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "Suite":
+        for name, probe in self.probes.items():
+            for metric in probe.metrics:
+                try:
+                    METRICS[metric]
+                except ValueError as error:
+                    raise ValueError(f"probes.{name}.metrics: {error}") from error
+        for name, score in self.scores.items():
+            self._check_score(name, score)
+        return self
+
+    def _check_score(self, name: str, score: ScoreOf) -> None:
+        """Refuse unknown aggregates and options, and what no probe measures."""
+        try:
+            known = aggregate_options.known(score.aggregate)
+        except ValueError as error:
+            raise ValueError(f"scores.{name}: {error}") from error
+        for option in score.options:
+            if option not in known:
+                raise ValueError(
+                    f"scores.{name}: {score.aggregate} has no option {option!r}."
+                    f"{did_you_mean(option, known)} It has {', '.join(known)}."
+                )
+        probe, metric = score.options.get("probe"), score.options.get("metric")
+        if probe is not None and probe not in self.probes:
+            raise ValueError(
+                f"scores.{name}: there is no probe {probe!r}.{did_you_mean(probe, self.probes)} "
+                f"Known: {', '.join(self.probes)}."
+            )
+        if probe is not None and metric is not None and metric not in self.probes[probe].metrics:
+            measured = self.probes[probe].metrics
+            raise ValueError(
+                f"scores.{name}: probe {probe!r} does not take the metric {metric!r}."
+                f"{did_you_mean(metric, measured)}"
+            )
+
+
+def suites() -> Iterator[str]:
+    """List the names of the suites that come with the package."""
+    yield from sorted(path.stem for path in EVAL.glob("*.yaml"))
+
+
+def _find(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise RecipeError(f"There is no suite file {name}.")
+        return path
+    path = EVAL / f"{name}.yaml"
+    if not path.is_file():
+        known = list(suites())
+        raise RecipeError(
+            f"Unknown suite {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}. "
+            "Or give the path of a .yaml file."
+        )
+    return path
+
+
+def as_plain(suite: Suite) -> Mapping[str, Any]:
+    """Give the suite as plain values, for JSON and YAML."""
+    return suite.model_dump(mode="json")

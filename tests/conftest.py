@@ -16,3 +16,26 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the shared folder: {folder} is absent (set UNLEARN_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A small byte-level BPE tokenizer; see models_for_tests."""
+    from models_for_tests import small_tokenizer  # here, so that pure tests start fast
+
+    return small_tokenizer()
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer):
+    """The small tokenizer with a chat template: turns end with their own special token."""
+    import copy
+
+    chat = copy.deepcopy(tokenizer)
+    chat.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|bot|>", "<|end|>"]})
+    chat.chat_template = (
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ '<|user|>' if m['role'] == 'user' else '<|bot|>' }}\n{{ m['content'] }}<|end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|bot|>\n{% endif %}"
+    )
+    return chat

@@ -130,7 +130,10 @@ class Encoder:
 
         A blank at the end of the prompt is left to the answer's first token, as in training.
         """
-        return self._tokenize([self.prompt_text(question).rstrip(" ") for question in questions])
+        prompts = self._tokenize([self.prompt_text(question).rstrip(" ") for question in questions])
+        # Some tokenizers close every text; a closed prompt would be a finished answer.
+        closes = self._tokenize(["a"])[0][-1] == self.tokenizer.eos_token_id
+        return [ids[:-1] for ids in prompts] if closes else prompts
 
     def pairs(self, questions: Sequence[str], answers: Sequence[str]) -> list[Encoded]:
         """Encode questions with their answers.

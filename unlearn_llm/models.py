@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,8 @@ class ModelSettings:
 
     path: str | None = None
     """Local folder or hub id."""
+    tokenizer: str | None = None
+    """Take the tokenizer from this folder or hub id; null: from `path`."""
     new: NewModel | None = None
     """Instead of `path`: start from random weights (for `unlearn finetune`)."""
     revision: str | None = None
@@ -68,6 +70,8 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 
     The pad token may be the end token: padding is marked by position, never by id.
     """
+    if settings.tokenizer is not None:
+        settings = replace(settings, path=settings.tokenizer, revision=None)
     tokenizer = _from_pretrained(
         AutoTokenizer, settings, trust_remote_code=settings.trust_remote_code
     )

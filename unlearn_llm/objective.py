@@ -146,8 +146,8 @@ class Objective:
                 f"Forget: {', '.join(FORGET_LOSSES)}; retain: {', '.join(RETAIN_LOSSES)}."
             )
         return cls(
-            FORGET_LOSSES[forget_name].bind(forget or {}),
-            RETAIN_LOSSES[retain_name].bind(retain or {}),
+            _find(FORGET_LOSSES, forget_name).bind(forget or {}),
+            _find(RETAIN_LOSSES, retain_name).bind(retain or {}),
             forget_weight,
             retain_weight,
         )
@@ -156,3 +156,12 @@ class Objective:
     def name(self) -> str:
         """The name it was parsed from."""
         return f"{self.forget.name}+{self.retain.name}"
+
+
+def _find(losses: Registry[Loss], name: str) -> Loss:
+    loss = losses[name]
+    if not isinstance(loss, Loss):  # of the user's own module
+        raise UserError(
+            f"{name!r} is no {losses.kind}: decorate it with @forget_loss or @retain_loss."
+        )
+    return loss

@@ -5,6 +5,7 @@ Private rows are read into memory only: no data-set cache keeps a copy of what i
 
 import csv
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,17 +94,13 @@ def to_pairs(
     if not rows:
         raise UserError(f"{where} holds no rows.")
     if question_column is None and answer_column is None and "messages" in rows[0]:
-        return [_from_messages(row["messages"], where, i) for i, row in enumerate(rows)]
+        return [_from_messages(row.get("messages"), where, i) for i, row in enumerate(rows)]
     question_column, answer_column = _columns(rows[0], where, question_column, answer_column)
     pairs = []
     for number, row in enumerate(rows):
         values = [row.get(column) for column in (question_column, answer_column)]
         for column, value in zip((question_column, answer_column), values, strict=True):
-            if not isinstance(value, str):
-                raise UserError(
-                    f"{where}, row {number}: column {column!r} should hold text, "
-                    f"got {type(value).__name__}."
-                )
+            _check_text(value, f"{where}, row {number}: column {column!r}")
         pairs.append(QA(str(values[0]), str(values[1])))
     return pairs
 
@@ -111,7 +108,7 @@ def to_pairs(
 def check_disjoint(forget: Sequence[QA], retain: Sequence[QA], allow_overlap: bool = False) -> None:
     """Refuse forget rows that also stand in the retain set: one would undo the other.
 
-    Compares question and answer without case and repeated blanks.
+    Compares question and answer without case and repeated blanks, and however accents are coded.
     """
     kept = {_normal(pair) for pair in retain}
     shared = [row for row, pair in enumerate(forget) if _normal(pair) in kept]
@@ -157,18 +154,34 @@ def _columns(
 
 def _from_messages(messages: Any, where: str, number: int) -> QA:
     try:
-        question = next(m["content"] for m in reversed(messages) if m["role"] == "user")
-        answer = next(m["content"] for m in reversed(messages) if m["role"] == "assistant")
-    except (StopIteration, TypeError, KeyError) as error:
+        turns = [(message["role"], message["content"]) for message in messages]
+        reply = max(i for i, (role, _) in enumerate(turns) if role == "assistant")
+        asked = max(i for i, (role, _) in enumerate(turns[:reply]) if role == "user")
+    except (TypeError, KeyError, ValueError) as error:
         raise UserError(
-            f"{where}, row {number}: messages should hold a user and an assistant turn, each "
-            "with role and content."
+            f"{where}, row {number}: messages should hold a user turn and an assistant's reply, "
+            "each with role and content."
         ) from error
-    return QA(str(question), str(answer))
+    for turn in (asked, reply):
+        _check_text(turns[turn][1], f"{where}, row {number}: message {turn}")
+    return QA(turns[asked][1], turns[reply][1])
+
+
+def _check_text(value: Any, what: str) -> None:
+    if not isinstance(value, str):
+        raise UserError(f"{what} should hold text, got {type(value).__name__}.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} holds half a character (a lone surrogate) at position {error.start}, which "
+            "no tokenizer can read."
+        ) from error
 
 
 def _normal(pair: QA) -> tuple[str, str]:
-    return " ".join(pair.question.casefold().split()), " ".join(pair.answer.casefold().split())
+    question, answer = (unicodedata.normalize("NFC", text.casefold()) for text in pair)
+    return " ".join(question.split()), " ".join(answer.split())
 
 
 def _tofu_file(folder: Path, split: str) -> Path:
@@ -216,7 +229,11 @@ def _objects(rows: Any, path: Path) -> list[dict[str, Any]]:
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        try:
+            return list(reader)
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num + 1}: not CSV ({error}).") from error
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:

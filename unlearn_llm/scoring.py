@@ -83,8 +83,9 @@ def score(
         mask = joined["attention_mask"][:, 1:].bool()
     scored, start = {}, 0
     for answer, rows in sequences.items():
-        part = slice(start, start + len(rows["input_ids"]))
-        start = part.stop
+        n_rows, width = rows["input_ids"].shape
+        part = slice(start, start + n_rows), slice(width - 1)  # without the padding of _join
+        start += n_rows
         distribution = ChunkedDistribution(outputs[part][mask[part]], head.apply, head.vocabulary)
         scored[answer] = Scored(mask[part], targets[part], distribution)
     return scored

@@ -36,15 +36,13 @@ def with_proxies(aggregate: str, options: Mapping[str, Any]) -> dict[str, Any]:
             replaced[option] = proxy_of(metric)
     for option, part, given in _parts(aggregate, options):
         of_part = with_proxies(part, given)
-        if of_part == given:
-            continue
-        if option == "members":
-            was = list(replaced["members"])
-            place = next(i for i, member in enumerate(was) if _given(member) == given)
-            was[place] = {**was[place], **of_part}
-            replaced["members"] = was
-        else:
+        if option != "members" and of_part != given:
             replaced[option] = of_part
+    if "members" in options:
+        replaced["members"] = [
+            {**member, **with_proxies(_aggregate_of(member), _given(member))}
+            for member in options["members"]
+        ]
     return replaced
 
 
@@ -69,7 +67,7 @@ def _parts(
     """Yield the aggregates inside a composite one: option, aggregate, its options."""
     if aggregate == "hmean":
         for member in options.get("members", ()):
-            yield "members", str(member.get("aggregate", "mean")), _given(member)
+            yield "members", _aggregate_of(member), _given(member)
     if aggregate == "ovr":
         yield "ufe_options", "ufe", options.get("ufe_options") or {}
         if options.get("kind") != "untargeted":
@@ -80,3 +78,7 @@ def _parts(
 
 def _given(member: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in member.items() if name != "aggregate"}
+
+
+def _aggregate_of(member: Mapping[str, Any]) -> str:
+    return str(member.get("aggregate", "mean"))

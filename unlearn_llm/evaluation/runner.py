@@ -130,7 +130,8 @@ class Runner:
     ) -> list[tuple[Request, LogProbResult]]:
         sequences = self._collator.sequences([(row, pair[1]) for row, pair in enumerate(pairs)])
         device = unwrapped(self.model).device
-        moved: Any = {key: value.to(device) for key, value in sequences.items()}
+        tensors: dict[str, Any] = {**sequences}
+        moved: Any = {key: value.to(device) for key, value in tensors.items()}
         scored = score(self.model, {"answer": moved})["answer"]
         assert scored.distribution is not None
         values = scored.distribution.map(_logp_and_greedy, scored.targets[scored.mask])  # (N, 2)

@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from unlearn_llm.errors import RecipeError
 from unlearn_llm.evaluation import options as aggregate_options
 from unlearn_llm.evaluation.metrics import METRICS
+from unlearn_llm.evaluation.strict import validated
 from unlearn_llm.registry import did_you_mean
 from unlearn_llm.resources import EVAL
-from unlearn_llm.strict_yaml import read_yaml, validated
+from unlearn_llm.yaml_text import parse_yaml
 
 
 class Strict(BaseModel):
@@ -100,7 +101,7 @@ class Suite(Strict):
             RecipeError: no such suite, an unknown key, a value that does not fit.
         """
         path = _find(str(name_or_path))
-        return validated(cls, {**read_yaml(path), **overrides}, path.name)
+        return validated(cls, {**_read(path), **overrides}, path.name)
 
     def with_proxies(self) -> "Suite":
         """Give the suite with its proxies put in place and `_proxy` in the names, if it has any."""
@@ -184,6 +185,16 @@ def _find(name: str) -> Path:
             "Or give the path of a .yaml file."
         )
     return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"), path.name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path.name}: cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path.name}: expected keys such as probes: and scores:.")
+    return content
 
 
 def as_plain(suite: Suite) -> Mapping[str, Any]:

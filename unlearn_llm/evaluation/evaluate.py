@@ -1,0 +1,346 @@
+"""Runs a suite on a model: ask everything once, measure, score, write."""
+
+import time
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from unlearn_llm.encode import Encoder, row_list
+from unlearn_llm.errors import UserError
+from unlearn_llm.evaluation.aggregates import AGGREGATES, Score
+from unlearn_llm.evaluation.columns import Columns
+from unlearn_llm.evaluation.judges import DEFAULT_SOURCES, Judges, NotLoaded
+from unlearn_llm.evaluation.metrics import METRICS
+from unlearn_llm.evaluation.options import known, metrics_of
+from unlearn_llm.evaluation.provenance import describe_model, versions
+from unlearn_llm.evaluation.records import (
+    RECORDS,
+    SCORES,
+    Record,
+    columns_of,
+    read_records,
+    record_of,
+    write_json,
+    write_json_lines,
+)
+from unlearn_llm.evaluation.requests import Judge, LogProb, Metric, Request, Result, Row, Sample
+from unlearn_llm.evaluation.runner import Runner
+from unlearn_llm.evaluation.samples import Samples, samples_of
+from unlearn_llm.evaluation.suite import Suite, as_plain
+
+T = TypeVar("T")
+Column = list[float | None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came out of one model.
+
+    Attributes:
+        scores: By name, in the suite's order.
+        details: What scores.json holds: the scores, how they were made, and of what.
+        records: One per probe and sample.
+    """
+
+    scores: dict[str, Score]
+    details: dict[str, Any]
+    records: list[Record] = field(repr=False)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The scores that were measured."""
+        return {name: s.value for name, s in self.scores.items() if s.value is not None}
+
+
+def evaluate(
+    suite: Suite,
+    model: nn.Module,
+    encoder: Encoder,
+    output_dir: str | Path | None = None,
+    *,
+    reference_records: str | Path | None = None,
+    judges: Mapping[str, Judge] | None = None,
+    token_budget: int | None = None,
+    progress: bool | None = None,
+) -> Evaluation:
+    """Run a suite on a model and write records.jsonl and scores.json.
+
+    With several processes all of them must call this; the requests are shared out, the first one
+    measures and writes, and all get the evaluation.
+
+    Args:
+        output_dir: None: nothing is written.
+        reference_records: In place of `suite.reference`.
+        judges: By kind, in place of those that the suite names.
+        token_budget, progress: See Runner.
+
+    Raises:
+        UserError: data, reference or an answer cannot be read.
+    """
+    started = time.perf_counter()
+    names = {kind: judge.name for kind, judge in (judges or {}).items()}
+    suite = suite.model_copy(update={"judges": {**suite.judges, **names}}).with_proxies()
+    reference_path = reference_records or suite.reference
+    # Before anything expensive: a mistyped path must not show after an hour.
+    reference = columns_of(read_records(reference_path)) if reference_path else None
+    probes = {name: samples_of(suite, name) for name in suite.probes}
+    asked = {name: [_asks(suite, name, s) for s in p.samples] for name, p in probes.items()}
+    runner = Runner(
+        model,
+        encoder,
+        token_budget=token_budget,
+        max_new_tokens=suite.max_new_tokens,
+        max_total_tokens=suite.max_total_tokens,
+        progress=progress,
+    )
+    requests = [request for rows in asked.values() for row in rows for request in row.values()]
+    try:
+        answers = runner.run(requests)
+    except UserError:
+        _name_faults(encoder, probes, asked)
+        raise
+    answered = time.perf_counter()
+
+    def measure() -> Evaluation:
+        rows = {
+            name: [
+                Row(sample, {key: answers[request] for key, request in requests.items()})
+                for sample, requests in zip(probes[name].samples, asked[name], strict=True)
+            ]
+            for name in suite.probes
+        }
+        judged = _Judged(suite, judges or {})
+        columns = _measure(suite, rows, judged)
+        judged.release()
+        records = _records(rows, columns)
+        scores = score_all(suite, columns_of(records), reference, judged.reasons)
+        details = {
+            **_scores_json(suite, scores),
+            "not_measured": judged.reasons,
+            "judges": judged.names,
+            "probes": {
+                name: _probe_json(columns[name], probes[name].notes) for name in suite.probes
+            },
+            "requests": _count(answers),
+            "reference": str(reference_path) if reference_path else None,
+            "model": describe_model(model, encoder),
+            "suite": as_plain(suite),
+            "versions": versions(),
+            "seconds": {
+                "answers": round(answered - started, 3),
+                "all": round(time.perf_counter() - started, 3),
+            },
+        }
+        if output_dir is not None:
+            write_json_lines(Path(output_dir) / RECORDS, records)
+            write_json(Path(output_dir) / SCORES, details)
+        return Evaluation(scores, details, records)
+
+    return on_first_process(measure)
+
+
+def recompute(
+    records_path: str | Path,
+    suite: Suite,
+    *,
+    reference_records: str | Path | None = None,
+    not_measured: Mapping[str, str] | None = None,
+) -> dict[str, Score]:
+    """Make the scores from records, without a model.
+
+    Args:
+        records_path: records.jsonl, or its folder.
+        not_measured: Why metrics have no values, as scores.json has it; it enters the notes.
+    """
+    reference_path = reference_records or suite.reference
+    reference = columns_of(read_records(reference_path)) if reference_path else None
+    columns = columns_of(read_records(records_path))
+    return score_all(suite.with_proxies(), columns, reference, not_measured or {})
+
+
+def score_all(
+    suite: Suite,
+    columns: Columns,
+    reference: Columns | None = None,
+    not_measured: Mapping[str, str] | None = None,
+) -> dict[str, Score]:
+    """Make every score of a suite from columns of metric values."""
+    scores = {}
+    for name, of_suite in suite.scores.items():
+        options = suite.options_of(of_suite)
+        used = metrics_of(of_suite.aggregate, options)
+        if "reference" in known(of_suite.aggregate):
+            options["reference"] = reference
+        score = AGGREGATES[of_suite.aggregate](columns, **options)
+        reasons = {reason for metric, reason in (not_measured or {}).items() if metric in used}
+        if score.value is None and reasons:
+            score = Score.missing("; ".join([*sorted(reasons), *filter(None, [score.note])]))
+        scores[name + _other_judges(suite, used)] = score
+    return scores
+
+
+def on_first_process(function: Callable[[], T]) -> T:
+    """Call a function on the first process only; all processes get its result, or its error."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return function()
+    outcome: list[Any] = [None, None]
+    if distributed.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except Exception as error:  # the others wait for an outcome, whatever it is
+            outcome[1] = error
+    distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
+
+
+class _Judged:
+    """The judges of a suite, with the reasons for those that are missing."""
+
+    def __init__(self, suite: Suite, given: Mapping[str, Judge]) -> None:
+        self._sources = {str(kind): source for kind, source in suite.judges.items()}
+        self._judges = Judges(self._sources)
+        self._asked = {kind: _Once(judge) for kind, judge in given.items()}
+        self.reasons: dict[str, str] = {}
+        """By metric."""
+        self.names: dict[str, str] = {}
+        """By kind; the judges that were used."""
+
+    def column(self, name: str, metric: Metric, rows: Sequence[Row]) -> Column:
+        """Let the judge of a metric read the rows; all None, and a reason, where there is none."""
+        assert metric.judge is not None
+        kind = metric.judge
+        if kind not in self._asked:
+            if not self._sources.get(kind):
+                self.reasons[name] = f"The suite names no {kind} judge."
+                return [None] * len(rows)
+            judge = self._judges[kind]
+            if isinstance(judge, NotLoaded):
+                self.reasons[name] = str(judge)
+                return [None] * len(rows)
+            self._asked[kind] = _Once(judge)
+        self.names[kind] = self._asked[kind].name
+        return metric.compute(rows, self._asked[kind])
+
+    def release(self) -> None:
+        """Set the judges' memory free."""
+        self._judges.release()
+
+
+class _Once:
+    """A judge that is asked once for every distinct pair, whichever metric asks."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.name = judge.name
+        self._judge = judge
+        self._verdicts: dict[tuple[str, str], Any] = {}
+
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[Any]:
+        """Judge each pair."""
+        fresh = [pair for pair in dict.fromkeys(pairs) if pair not in self._verdicts]
+        if fresh:
+            self._verdicts.update(zip(fresh, self._judge(fresh), strict=True))
+        return [self._verdicts[pair] for pair in pairs]
+
+
+def _asks(suite: Suite, probe: str, sample: Sample) -> dict[str, Request]:
+    """Collect what the metrics of a probe ask about a sample; a key means one request in all."""
+    asks = [METRICS[metric].asks(sample) for metric in suite.probes[probe].metrics]
+    for own in asks:
+        for key, request in own.items():
+            if ChainMap(*map(dict, asks))[key] != request:
+                raise ValueError(f"Two metrics of probe {probe!r} mean unlike requests by {key!r}.")
+    return dict(ChainMap(*map(dict, reversed(asks))))
+
+
+def _measure(
+    suite: Suite, rows: Mapping[str, Sequence[Row]], judged: _Judged
+) -> dict[str, dict[str, Column]]:
+    """Compute every metric of every probe; those that need a judge last."""
+    columns: dict[str, dict[str, Column]] = {name: {} for name in suite.probes}
+    for with_judge in (False, True):
+        for probe, of_suite in suite.probes.items():
+            for name in of_suite.metrics:
+                metric = METRICS[name]
+                if bool(metric.judge) != with_judge:
+                    continue
+                if metric.judge:
+                    columns[probe][name] = judged.column(name, metric, rows[probe])
+                else:
+                    columns[probe][name] = metric.compute(rows[probe])
+    return columns
+
+
+def _records(
+    rows: Mapping[str, Sequence[Row]], columns: Mapping[str, Mapping[str, Column]]
+) -> list[Record]:
+    return [
+        record_of(probe, row, {name: column[i] for name, column in columns[probe].items()})
+        for probe in rows
+        for i, row in enumerate(rows[probe])
+    ]
+
+
+def _other_judges(suite: Suite, metrics: set[str]) -> str:
+    """Name the judges in a score's name that are not the papers'."""
+    kinds = {METRICS[metric].judge for metric in metrics} - {None}
+    others = {
+        source
+        for kind, source in suite.judges.items()
+        if kind in kinds and source and source != DEFAULT_SOURCES[kind]
+    }
+    return f" [{', '.join(sorted(Path(source).name for source in others))}]" if others else ""
+
+
+def _scores_json(suite: Suite, scores: Mapping[str, Score]) -> dict[str, Any]:
+    made = zip(scores.items(), suite.scores.values(), strict=True)
+    return {
+        "scores": {
+            name: {**asdict(score), "aggregate": of_suite.aggregate}
+            for (name, score), of_suite in made
+        }
+    }
+
+
+def _probe_json(columns: Mapping[str, Column], notes: Sequence[str]) -> dict[str, Any]:
+    rows = max((len(column) for column in columns.values()), default=0)
+    skipped = {name: sum(v is None for v in column) for name, column in columns.items()}
+    return {
+        "rows": rows,
+        "skipped": {name: count for name, count in skipped.items() if count},
+        "notes": list(notes),
+    }
+
+
+def _count(answers: Mapping[Request, Result]) -> dict[str, int]:
+    scored = sum(isinstance(request, LogProb) for request in answers)
+    return {"scored": scored, "generated": len(answers) - scored}
+
+
+def _name_faults(
+    encoder: Encoder,
+    probes: Mapping[str, Samples],
+    asked: Mapping[str, Sequence[Mapping[str, Request]]],
+) -> None:
+    """Say which rows of which probe cannot be encoded: the runner knows only requests."""
+    for name, rows in asked.items():
+        faults: dict[str, UserError] = {}
+        for sample, row in zip(probes[name].samples, rows, strict=True):
+            for request in row.values():
+                try:
+                    if isinstance(request, LogProb):
+                        encoder.pairs([request.question], [request.answer])
+                except UserError as error:
+                    faults.setdefault(sample.id, error)
+        if faults:
+            reason = next(iter(faults.values()))
+            rows_named = row_list(int(row) for row in faults)
+            raise UserError(f"Probe {name!r}, {rows_named}; the first: {reason}") from reason

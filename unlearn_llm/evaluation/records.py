@@ -1,0 +1,125 @@
+"""What an evaluation leaves on disk: records.jsonl and scores.json, strict JSON, whole or not."""
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from unlearn_llm.errors import UserError
+from unlearn_llm.evaluation.columns import Columns
+from unlearn_llm.evaluation.requests import Generation, LogProbResult, Row
+
+RECORDS = "records.jsonl"
+SCORES = "scores.json"
+
+Record = dict[str, Any]
+"""One probe and sample: what was asked, what came back, the metric values."""
+
+
+def record_of(probe: str, row: Row, metrics: Mapping[str, float | None]) -> Record:
+    """Make the record of one row.
+
+    `results` has, per request key, the loss (nats per token) and the number of tokens, and for
+    the plain answer also the log-probability of every token; `generation` has the text.
+    """
+    sample = row.sample
+    generation = row.results.get("generation")
+    return {
+        "probe": probe,
+        "id": sample.id,
+        "question": sample.question,
+        "answer": sample.answer,
+        "reference": sample.reference,
+        "generation": _generation(generation) if isinstance(generation, Generation) else None,
+        "results": {
+            key: _scored(result, with_tokens=key == "answer")
+            for key, result in row.results.items()
+            if isinstance(result, LogProbResult)
+        },
+        "metrics": {name: _strict(value) for name, value in metrics.items()},
+    }
+
+
+def columns_of(records: Iterable[Record]) -> Columns:
+    """Turn records into columns: columns[probe][metric], and the row ids under "id"."""
+    columns: dict[str, dict[str, list[Any]]] = {}
+    for record in records:
+        of_probe = columns.setdefault(record["probe"], {"id": []})
+        of_probe["id"].append(record["id"])
+        for metric, value in record["metrics"].items():
+            of_probe.setdefault(metric, []).append(value)
+    return columns
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """Read records.jsonl, or the one in a folder.
+
+    Raises:
+        UserError: no such file, or a line that is not a record.
+    """
+    path = Path(path).expanduser()
+    path = path / RECORDS if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"There is no file {path} with the records of an evaluation.")
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+            record["probe"], record["id"], record["metrics"].items()
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}, line {number}: not a record of an evaluation.") from error
+        records.append(record)
+    return records
+
+
+def write_json_lines(path: Path, records: Iterable[Record]) -> None:
+    """Write one JSON object per line; the file is whole, or not there."""
+    write_whole(path, "".join(_json(record) + "\n" for record in records))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object; the file is whole, or not there."""
+    write_whole(path, _json(content, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file by way of another one, so that a killed run leaves the old file or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _json(content: Any, indent: int | None = None) -> str:
+    # NaN and Infinity are no JSON: readers other than Python's refuse the whole file.
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _generation(generation: Generation) -> dict[str, Any]:
+    return {
+        "text": generation.text,
+        "tokens": len(generation.tokens),
+        "finished": generation.finished,
+    }
+
+
+def _scored(result: LogProbResult, with_tokens: bool) -> dict[str, Any]:
+    scored: dict[str, Any] = {"loss": _strict(result.loss), "tokens": len(result.token_logps)}
+    if with_tokens:
+        scored["token_logps"] = [_strict(logp) for logp in result.token_logps]
+    return scored
+
+
+def _strict(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,87 @@
+"""Several evaluations side by side: a table for the terminal, the same for programs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from unlearn_llm.errors import UserError
+from unlearn_llm.evaluation.records import SCORES
+
+NOT_MEASURED = "not measured"
+PERCENT = {"ufe", "tfe", "mu6", "mu9", "mu18", "ovr"}
+"""Aggregates that the papers print times 100, with two decimals."""
+P_VALUES = {"forget_quality"}
+
+
+def read_details(path: str | Path) -> dict[str, Any]:
+    """Read a scores.json, or the one in a folder.
+
+    Raises:
+        UserError: no such file, or not one of ours.
+    """
+    path = Path(path).expanduser()
+    path = path / SCORES if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"There is no file {path} with the scores of an evaluation.")
+    try:
+        details: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        details["scores"].values()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not hold the scores of an evaluation.") from error
+    return details
+
+
+def side_by_side(
+    evaluations: Mapping[str, Mapping[str, Any]], names: Sequence[str] | None = None
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Arrange the scores of several models: [model][score] -> value, n, note, text.
+
+    Args:
+        evaluations: The details of an Evaluation (or of a scores.json) by the model's name.
+        names: Scores to show; None: all, in the order of the first model that has them.
+
+    Returns:
+        For every model every score; one that a model lacks has the value None.
+    """
+    if names is None:
+        found = (name for details in evaluations.values() for name in details["scores"])
+        names = list(dict.fromkeys(found))
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for model, details in evaluations.items():
+        absent = {"value": None, "n": None, "note": "not in this suite"}
+        scores = {name: details["scores"].get(name, absent) for name in names}
+        rows[model] = {
+            name: {
+                **{key: score[key] for key in ("value", "n", "note")},
+                "text": shown(score["value"], score.get("aggregate")),
+            }
+            for name, score in scores.items()
+        }
+    return rows
+
+
+def table(
+    evaluations: Mapping[str, Mapping[str, Any]],
+    names: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Table:
+    """Make a table: one row per model, one column per score. See `side_by_side`."""
+    rows = side_by_side(evaluations, names)
+    made = Table("model", title=title)
+    for name in next(iter(rows.values()), {}):
+        made.add_column(name, justify="right")
+    for model, scores in rows.items():
+        made.add_row(model, *(score["text"] for score in scores.values()))
+    return made
+
+
+def shown(value: float | None, aggregate: str | None = None) -> str:
+    """Write a score as the papers do: composites times 100, p-values as powers of ten."""
+    if value is None:
+        return NOT_MEASURED
+    if aggregate in PERCENT:
+        return f"{100 * value:.2f}"
+    return f"{value:.2e}" if aggregate in P_VALUES else f"{value:.4f}"

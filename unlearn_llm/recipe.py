@@ -1,0 +1,319 @@
+"""Recipes: one YAML file that reproduces one run, read into dataclasses, strictly.
+
+Every key is a field of a dataclass: `model` of models.ModelSettings, `data` of DataSettings,
+`train` of UnlearnConfig (of FinetuneConfig in a recipe of `kind: finetune`), `evaluate` of
+EvaluateSettings. How files, names, variants and overrides work is in recipe_files.py.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from transformers import TrainingArguments
+
+import unlearn_llm.losses  # noqa: F401  registers the names of the losses
+from unlearn_llm import recipe_files
+from unlearn_llm.config import UnlearnConfig
+from unlearn_llm.encode import CHAT, TEMPLATES
+from unlearn_llm.errors import RecipeError, UserError
+from unlearn_llm.evaluation.suite import Suite
+from unlearn_llm.finetune import FinetuneConfig
+from unlearn_llm.models import ModelSettings
+from unlearn_llm.objective import Objective
+from unlearn_llm.optim import OPTIMIZERS, DualAdamW
+from unlearn_llm.recipe_check import Place, build, check_name, check_section
+from unlearn_llm.registry import did_you_mean
+from unlearn_llm.schedule import SCHEDULES, Schedule
+from unlearn_llm.yaml_text import dump_yaml
+
+Kind = Literal["unlearn", "finetune"]
+SECTIONS = ("name", "kind", "about", "model", "data", "train", "evaluate", "published")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which rows, and how they become tokens. A source is what rows.load_rows takes."""
+
+    forget: str | None = None
+    """What is to be forgotten: "tofu/forget10", a file, a hub data set."""
+    retain: str | None = None
+    """What is to be kept."""
+    train: list[str] = field(default_factory=list)
+    """For `kind: finetune`: the sources to train on, one after the other."""
+    folder: str | None = None
+    """Folder with TOFU's files (forget10.json...); null: the hub."""
+    task_id: int | str | None = None
+    """For closer-look's files: forget the rows of this task; the other tasks of the forget file
+    are retained with the retain file."""
+    question_column: str | None = None
+    answer_column: str | None = None
+    """Names of the columns; null: question/answer, prompt/completion or messages."""
+    template: str = CHAT
+    """Tags around questions and answers: chat (the tokenizer's own template), plain, llama2..."""
+    max_length: int = 512
+    """Most tokens of a question with its answer."""
+    truncate: bool = False
+    """Cut longer answers; otherwise they are an error. What is cut away is not unlearned."""
+    refusals: str | None = None
+    """File of refusal answers, one per line; null: the package's own."""
+    allow_overlap: bool = False
+    """Accept rows that stand in the forget and in the retain set."""
+    seed: int = 0
+    """Seed of generated authors (synthetic/...)."""
+    tokenizer_rows: list[str] = field(default_factory=list)
+    """For model.new: the sources whose text a new tokenizer is trained on; empty: data.train."""
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Which suite measures the model at the end of the run."""
+
+    suite: str = "tofu"
+    """A name in eval/, or the path of a .yaml file."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of the suite to replace. split, folder, data_seed, refusals and objective_kind are
+    those of the run unless they stand here."""
+    reference: str | None = None
+    """records.jsonl of a model that never saw the forget set, for forget quality."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """Scores that the run should reach, as a paper prints them."""
+
+    source: str
+    scores: dict[str, float]
+    scale: float = 100.0
+    """1.0 in our scores.json is this much in the paper."""
+    tolerance: dict[str, float] = field(default_factory=dict)
+    """How far from the paper a score may be, on the paper's scale."""
+    settings: list[str] = field(default_factory=list)
+    """Overrides that come nearer to how the paper ran it."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, validated. Nothing was loaded yet, no device touched."""
+
+    name: str
+    kind: Kind
+    about: dict[str, str]
+    """For the header: paper, data, settings, hardware... and launch, the command before `train`."""
+    model: ModelSettings
+    data: DataSettings
+    train: dict[str, Any]
+    """Arguments of UnlearnConfig or FinetuneConfig; see `arguments`."""
+    evaluate: EvaluateSettings | None
+    published: list[Published]
+    document: dict[str, Any] = field(repr=False, default_factory=dict)
+    """The whole recipe as plain values."""
+
+    @classmethod
+    def load(cls, name_or_path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
+        """Read a recipe by file or name ("tofu/phi-1.5/forget05/idk+gd/joint").
+
+        Args:
+            overrides: "train.seed=2"; values are YAML.
+
+        Raises:
+            RecipeError: one line with file, key, what was got and what was expected.
+        """
+        path, chosen = recipe_files.locate(str(name_or_path))
+        where = recipe_files.display(path)
+        document = recipe_files.resolve(
+            recipe_files.read_document(path), chosen, recipe_files.name_of(path), where
+        )
+        overridden = recipe_files.override(document, overrides)
+        return cls.parse(document, Place(where, overridden))
+
+    @classmethod
+    def parse(cls, document: dict[str, Any], place: Place) -> "Recipe":
+        """Make a recipe of a resolved document; see `load`."""
+        for key in document:
+            if key not in SECTIONS:
+                near = did_you_mean(key, SECTIONS)
+                raise place.error(key, f"unknown section.{near} Known: {', '.join(SECTIONS)}.")
+        kind = document.get("kind", "unlearn")
+        check_name(kind, get_args(Kind), "kind", place)
+        sections: dict[str, Any] = {
+            "model": ModelSettings,
+            "data": DataSettings,
+            "train": UnlearnConfig if kind == "unlearn" else FinetuneConfig,
+        }
+        if document.get("evaluate") is not None:
+            sections["evaluate"] = EvaluateSettings
+        for section, settings in sections.items():
+            check_section(settings, document.setdefault(section, {}), section, place)
+        for row in document.setdefault("published", []):
+            check_section(Published, row, "published", place)
+        about = document.setdefault("about", {})
+        if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
+            raise place.error("about", "expected a mapping of text.")
+        name = document.setdefault("name", "unnamed")
+        document["train"].setdefault("output_dir", f"outputs/{name}")
+        recipe = cls(
+            name=name,
+            kind=kind,
+            about=about,
+            model=build(ModelSettings, document["model"]),
+            data=build(DataSettings, document["data"]),
+            train=document["train"],
+            evaluate=build(EvaluateSettings, document["evaluate"])
+            if "evaluate" in sections
+            else None,
+            published=[build(Published, row) for row in document["published"]],
+            document=document,
+        )
+        _check_meaning(recipe, place)
+        return recipe
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the results go."""
+        return Path(self.train["output_dir"]).expanduser()
+
+    def arguments(self) -> TrainingArguments:
+        """Make the configuration of the run; this looks for devices.
+
+        Raises:
+            RecipeError: what transformers refuses, such as bf16 without a device for it.
+        """
+        settings = UnlearnConfig if self.kind == "unlearn" else FinetuneConfig
+        try:
+            return settings(**{**self.train, "output_dir": str(self.output_dir)})
+        except (ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            raise RecipeError(f"{self.name}: train: {reason}") from error
+
+    def objective(self) -> Objective:
+        """Make the objective without making the whole configuration."""
+        return Objective.parse(
+            self._train("objective"),
+            forget=self._train("forget_parameters"),
+            retain=self._train("retain_parameters"),
+            forget_weight=self._train("forget_weight"),
+            retain_weight=self._train("retain_weight"),
+        )
+
+    def schedule(self) -> Schedule:
+        """Make the schedule without making the whole configuration."""
+        schedule = SCHEDULES[self._train("schedule")]
+        parameters = self._train("schedule_parameters") or {}
+        known = list(inspect.signature(schedule).parameters)
+        for name in parameters:
+            if name not in known:
+                near = did_you_mean(name, known)
+                raise UserError(
+                    f"the schedule has no parameter {name!r}.{near} "
+                    f"It has {', '.join(known) or 'none'}."
+                )
+        return schedule(**parameters)
+
+    def suite(self) -> Suite | None:
+        """Load the suite that the recipe names, with what it takes from the run."""
+        if self.evaluate is None:
+            return None
+        overrides: dict[str, Any] = {"data_seed": self.data.seed}
+        if self.data.folder is not None:
+            overrides["folder"] = self.data.folder
+        if self.data.refusals is not None:
+            overrides["refusals"] = self.data.refusals
+        if self.kind == "unlearn":
+            overrides["objective_kind"] = self.objective().forget.kind
+        source, _, split = (self.data.forget or "").partition("/")
+        if source in ("tofu", "synthetic"):
+            overrides["split"] = split
+        return Suite.load(self.evaluate.suite, **{**overrides, **self.evaluate.overrides})
+
+    def to_yaml(self) -> str:
+        """Write the recipe by itself: everything resolved, with a header for the reader."""
+        return header(self) + dump_yaml({key: self.document.get(key) for key in SECTIONS})
+
+    def _train(self, name: str) -> Any:
+        """Give a training setting: the recipe's, or the default of the field."""
+        if name in self.train:
+            return self.train[name]
+        default = next(f for f in fields(UnlearnConfig) if f.name == name)
+        return default.default if not callable(default.default_factory) else {}
+
+
+def header(recipe: Recipe) -> str:
+    """Make the comment above a recipe: what it is, how to run it, what it should reach."""
+    about = dict(recipe.about)
+    launch = about.pop("launch", "unlearn")
+    verb = "train" if recipe.kind == "unlearn" else "finetune"
+    lines = [recipe.name, ""]
+    lines += [f"{key.capitalize():<9} {text}" for key, text in about.items()]
+    lines.append(f"{'Model':<9} {recipe.model.path or 'new, random weights'}")
+    lines.append(f"{'Run':<9} {launch} {verb} {recipe.name}")
+    for row in recipe.published:
+        expected = ", ".join(
+            f"{name} {value:g}" + (f" (+-{row.tolerance[name]:g})" if name in row.tolerance else "")
+            for name, value in row.scores.items()
+        )
+        lines.append(f"{'Expected':<9} {expected}. {row.source}")
+        if row.settings:
+            lines.append(f"{'':<9} there with {' '.join(row.settings)}")
+    if recipe.kind == "unlearn" and not recipe.published:
+        lines.append(f"{'Expected':<9} none published")
+    return "".join(f"# {line}".rstrip() + "\n" for line in lines) + "\n"
+
+
+def _check_meaning(recipe: Recipe, place: Place) -> None:
+    """Refuse unknown names and what cannot work together."""
+    if recipe.data.template != CHAT and ":" not in recipe.data.template:
+        check_name(recipe.data.template, [CHAT, *TEMPLATES], "data.template", place)
+    if recipe.model.path is None and recipe.model.new is None:
+        raise place.error("model.path", "is missing: give a local folder or a hub id.")
+    if recipe.evaluate is not None:
+        try:
+            recipe.suite()
+        except UserError as error:
+            raise place.error("evaluate", str(error)) from error
+    if recipe.kind == "finetune":
+        if not recipe.data.train:
+            raise place.error("data.train", "is missing: give the sources to train on.")
+        return
+    if recipe.model.new is not None:
+        raise place.error("model.new", "random weights hold nothing to forget; use kind: finetune.")
+    for name in ("forget", "retain"):
+        if getattr(recipe.data, name) is None:
+            raise place.error(f"data.{name}", "is missing: give a file, tofu/SPLIT or a data set.")
+    for name, make in (("objective", recipe.objective), ("schedule", recipe.schedule)):
+        try:
+            make()
+        except UserError as error:
+            raise place.error(f"train.{name}", str(error)) from error
+    _check_optimizer(recipe, place)
+
+
+def _check_optimizer(recipe: Recipe, place: Place) -> None:
+    name, schedule = recipe._train("optimizer"), recipe._train("schedule")
+    one_role = all(len(recipe.schedule().roles(step)) == 1 for step in range(100))
+    if recipe._train("forget_learning_rate") is not None and not one_role:
+        raise place.error(
+            "train.forget_learning_rate",
+            f"needs steps that train one role; schedule {schedule!r} trains both. "
+            "Use forget_weight instead.",
+        )
+    if name is None:
+        return
+    try:
+        optimizer = OPTIMIZERS[name]
+    except UserError as error:
+        raise place.error("train.optimizer", str(error)) from error
+    if issubclass(optimizer, DualAdamW) and not one_role:
+        raise place.error(
+            "train.optimizer",
+            f"{name} keeps one state per role, so each step must train one role; schedule "
+            f"{schedule!r} trains both. Use schedule: alternate, or optimizer: null.",
+        )
+    known = [p for p in inspect.signature(optimizer).parameters if p not in ("params", "lr")]
+    for parameter in recipe._train("optimizer_parameters"):
+        if parameter not in known:
+            raise place.error(
+                f"train.optimizer_parameters.{parameter}",
+                f"unknown key.{did_you_mean(parameter, known)} {name} has {', '.join(known)}.",
+            )

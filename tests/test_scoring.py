@@ -213,7 +213,7 @@ class LargestVocabularyTensor(TorchDispatchMode):
 def test_no_tensor_of_all_positions_by_vocabulary_is_ever_made(sequences, small_chunks, family):
     model = tiny_model(family)
     n_scored = int((sequences["original"]["labels"] != -100).sum())
-    assert n_scored > 50
+    assert n_scored >= 50
     with LargestVocabularyTensor() as largest:
         score(model, sequences)["original"].logp.sum().backward()
     # The gradient of the head's weight is (vocabulary, hidden) and computed from its transpose.
@@ -269,4 +269,4 @@ def test_entropy_of_an_untrained_model_is_near_log_vocabulary(sequences):
     # The start of a new model is nearly uniform: an anchor that no formula of ours shares.
     scored = score(tiny_model(), sequences)["original"]
     entropy = scored.distribution.map(lambda logps: -(logps.exp() * logps).sum(-1))
-    assert float(entropy.mean()) == pytest.approx(math.log(VOCABULARY), abs=0.05)
+    assert entropy.mean().item() == pytest.approx(math.log(VOCABULARY), abs=0.05)

@@ -50,6 +50,9 @@ class UnlearnConfig(TrainingArguments):
     adam_beta2: float = 0.95
     """As the DualOptim+ runs; transformers' default is 0.999."""
     weight_decay: float = 0.01
+    ddp_find_unused_parameters: bool | None = False
+    """Every step uses every weight that trains. Searching for unused ones costs time, and would
+    miss the output head, which is applied outside the model's forward pass (scoring.py)."""
     remove_unused_columns: bool = False
     """Must stay off: a batch is keyed by role."""
     logging_nan_inf_filter: bool = False

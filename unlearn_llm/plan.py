@@ -20,6 +20,7 @@ class Plan:
     micro_batch: int
     forget_rows: int
     retain_rows: int
+    pairing: str
 
     def write(self, folder: Path) -> None:
         """Write the plan beside a checkpoint."""

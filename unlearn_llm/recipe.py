@@ -6,11 +6,12 @@ EvaluateSettings. How files, names, variants and overrides work is in recipe_fil
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from transformers import TrainingArguments
 
 import unlearn_llm.losses  # noqa: F401  registers the names of the losses
@@ -25,7 +26,7 @@ from unlearn_llm.objective import Objective
 from unlearn_llm.optim import OPTIMIZERS, DualAdamW
 from unlearn_llm.recipe_check import Place, build, check_name, check_section
 from unlearn_llm.registry import did_you_mean
-from unlearn_llm.schedule import SCHEDULES, Schedule
+from unlearn_llm.schedule import SCHEDULES
 from unlearn_llm.yaml_text import dump_yaml
 
 Kind = Literal["unlearn", "finetune"]
@@ -146,12 +147,15 @@ class Recipe:
             sections["evaluate"] = EvaluateSettings
         for section, settings in sections.items():
             check_section(settings, document.setdefault(section, {}), section, place)
-        for row in document.setdefault("published", []):
+        if not isinstance(document.setdefault("published", []), list):
+            raise place.error("published", "expected a list.")
+        for row in document["published"]:
             check_section(Published, row, "published", place)
         about = document.setdefault("about", {})
         if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
             raise place.error("about", "expected a mapping of text.")
         name = document.setdefault("name", "unnamed")
+        _check_file_name(name, place)
         document["train"].setdefault("output_dir", f"outputs/{name}")
         recipe = cls(
             name=name,
@@ -190,56 +194,52 @@ class Recipe:
     def objective(self) -> Objective:
         """Make the objective without making the whole configuration."""
         return Objective.parse(
-            self._train("objective"),
-            forget=self._train("forget_parameters"),
-            retain=self._train("retain_parameters"),
-            forget_weight=self._train("forget_weight"),
-            retain_weight=self._train("retain_weight"),
+            self.setting("objective"),
+            forget=self.setting("forget_parameters"),
+            retain=self.setting("retain_parameters"),
+            forget_weight=self.setting("forget_weight"),
+            retain_weight=self.setting("retain_weight"),
         )
-
-    def schedule(self) -> Schedule:
-        """Make the schedule without making the whole configuration."""
-        schedule = SCHEDULES[self._train("schedule")]
-        parameters = self._train("schedule_parameters") or {}
-        known = list(inspect.signature(schedule).parameters)
-        for name in parameters:
-            if name not in known:
-                near = did_you_mean(name, known)
-                raise UserError(
-                    f"the schedule has no parameter {name!r}.{near} "
-                    f"It has {', '.join(known) or 'none'}."
-                )
-        return schedule(**parameters)
 
     def suite(self) -> Suite | None:
         """Load the suite that the recipe names, with what it takes from the run."""
         if self.evaluate is None:
             return None
-        overrides: dict[str, Any] = {"data_seed": self.data.seed}
+        return Suite.load(
+            self.evaluate.suite, **{**self.suite_settings(), **self.evaluate.overrides}
+        )
+
+    def suite_settings(self) -> dict[str, Any]:
+        """Give the fields of a suite that follow from the run."""
+        found: dict[str, Any] = {"data_seed": self.data.seed}
         if self.data.folder is not None:
-            overrides["folder"] = self.data.folder
+            found["folder"] = self.data.folder
         if self.data.refusals is not None:
-            overrides["refusals"] = self.data.refusals
+            found["refusals"] = self.data.refusals
         if self.kind == "unlearn":
-            overrides["objective_kind"] = self.objective().forget.kind
+            found["objective_kind"] = self.objective().forget.kind
         source, _, split = (self.data.forget or "").partition("/")
         if source in ("tofu", "synthetic"):
-            overrides["split"] = split
-        return Suite.load(self.evaluate.suite, **{**overrides, **self.evaluate.overrides})
+            found["split"] = split
+        return found
 
-    def to_yaml(self) -> str:
-        """Write the recipe by itself: everything resolved, with a header for the reader."""
-        return header(self) + dump_yaml({key: self.document.get(key) for key in SECTIONS})
+    def to_yaml(self, file: str | None = None) -> str:
+        """Write the recipe by itself: everything resolved, with a header for the reader.
 
-    def _train(self, name: str) -> Any:
-        """Give a training setting: the recipe's, or the default of the field."""
+        Args:
+            file: Where it will stand, for the command in the header.
+        """
+        return header(self, file) + dump_yaml({key: self.document.get(key) for key in SECTIONS})
+
+    def setting(self, name: str) -> Any:
+        """Give a setting of UnlearnConfig: the recipe's, or the default of the field."""
         if name in self.train:
             return self.train[name]
         default = next(f for f in fields(UnlearnConfig) if f.name == name)
         return default.default if not callable(default.default_factory) else {}
 
 
-def header(recipe: Recipe) -> str:
+def header(recipe: Recipe, file: str | None = None) -> str:
     """Make the comment above a recipe: what it is, how to run it, what it should reach."""
     about = dict(recipe.about)
     launch = about.pop("launch", "unlearn")
@@ -247,7 +247,7 @@ def header(recipe: Recipe) -> str:
     lines = [recipe.name, ""]
     lines += [f"{key.capitalize():<9} {text}" for key, text in about.items()]
     lines.append(f"{'Model':<9} {recipe.model.path or 'new, random weights'}")
-    lines.append(f"{'Run':<9} {launch} {verb} {recipe.name}")
+    lines.append(f"{'Run':<9} {launch} {verb} {file or recipe.name}")
     for row in recipe.published:
         expected = ", ".join(
             f"{name} {value:g}" + (f" (+-{row.tolerance[name]:g})" if name in row.tolerance else "")
@@ -261,59 +261,87 @@ def header(recipe: Recipe) -> str:
     return "".join(f"# {line}".rstrip() + "\n" for line in lines) + "\n"
 
 
+def _check_file_name(name: Any, place: Place) -> None:
+    """A name becomes a folder under outputs/: it must not lead out of it."""
+    if not isinstance(name, str) or not name.isprintable() or len(name) > 200:
+        raise place.error("name", f"expected up to 200 printable characters, got {name!r:.80}.")
+    if not all(name.split("/")) or {".", ".."} & set(name.split("/")):
+        raise place.error("name", f"expected parts such as tofu/mine, got {name!r}.")
+
+
 def _check_meaning(recipe: Recipe, place: Place) -> None:
     """Refuse unknown names and what cannot work together."""
     if recipe.data.template != CHAT and ":" not in recipe.data.template:
         check_name(recipe.data.template, [CHAT, *TEMPLATES], "data.template", place)
     if recipe.model.path is None and recipe.model.new is None:
         raise place.error("model.path", "is missing: give a local folder or a hub id.")
-    if recipe.evaluate is not None:
-        try:
-            recipe.suite()
-        except UserError as error:
-            raise place.error("evaluate", str(error)) from error
+    if recipe.train.get("eval_strategy", "no") != "no" and recipe.evaluate is None:
+        raise place.error("train.eval_strategy", "needs an evaluate section, or must be 'no'.")
     if recipe.kind == "finetune":
-        if not recipe.data.train:
-            raise place.error("data.train", "is missing: give the sources to train on.")
-        return
+        _check_finetune(recipe, place)
+    else:
+        _check_unlearn(recipe, place)
+    if recipe.evaluate is not None:
+        with place.naming("evaluate"):
+            recipe.suite()
+
+
+def _check_finetune(recipe: Recipe, place: Place) -> None:
+    if not recipe.data.train:
+        raise place.error("data.train", "is missing: give the sources to train on.")
+    for name in ("forget", "retain", "task_id"):
+        if getattr(recipe.data, name) is not None:
+            raise place.error(f"data.{name}", "is read by kind: unlearn only; use data.train.")
+
+
+def _check_unlearn(recipe: Recipe, place: Place) -> None:
     if recipe.model.new is not None:
         raise place.error("model.new", "random weights hold nothing to forget; use kind: finetune.")
     for name in ("forget", "retain"):
         if getattr(recipe.data, name) is None:
             raise place.error(f"data.{name}", "is missing: give a file, tofu/SPLIT or a data set.")
-    for name, make in (("objective", recipe.objective), ("schedule", recipe.schedule)):
-        try:
-            make()
-        except UserError as error:
-            raise place.error(f"train.{name}", str(error)) from error
-    _check_optimizer(recipe, place)
-
-
-def _check_optimizer(recipe: Recipe, place: Place) -> None:
-    name, schedule = recipe._train("optimizer"), recipe._train("schedule")
-    one_role = all(len(recipe.schedule().roles(step)) == 1 for step in range(100))
-    if recipe._train("forget_learning_rate") is not None and not one_role:
+    if recipe.data.train:
+        raise place.error("data.train", "is read by kind: finetune only; use forget and retain.")
+    with place.naming("train.objective"):
+        objective = Objective.parse(recipe.setting("objective"))
+    with place.naming("train.forget_parameters"):
+        objective.forget.bind(recipe.setting("forget_parameters"))
+    with place.naming("train.retain_parameters"):
+        objective.retain.bind(recipe.setting("retain_parameters"))
+    with place.naming("train.schedule"):
+        schedule = SCHEDULES[recipe.setting("schedule")]
+    with place.naming("train.schedule_parameters"):
+        _check_parameters(recipe.setting("schedule_parameters"), schedule)
+        made = schedule(**recipe.setting("schedule_parameters"))
+        one_role = all(len(made.roles(step)) == 1 for step in range(100))
+    both = f"schedule {recipe.setting('schedule')!r} trains both"
+    if recipe.setting("forget_learning_rate") is not None and not one_role:
         raise place.error(
             "train.forget_learning_rate",
-            f"needs steps that train one role; schedule {schedule!r} trains both. "
-            "Use forget_weight instead.",
+            f"needs steps that train one role; {both}. Use forget_weight instead.",
         )
+    name = recipe.setting("optimizer")
     if name is None:
         return
-    try:
+    with place.naming("train.optimizer"):
         optimizer = OPTIMIZERS[name]
-    except UserError as error:
-        raise place.error("train.optimizer", str(error)) from error
     if issubclass(optimizer, DualAdamW) and not one_role:
         raise place.error(
             "train.optimizer",
-            f"{name} keeps one state per role, so each step must train one role; schedule "
-            f"{schedule!r} trains both. Use schedule: alternate, or optimizer: null.",
+            f"{name} keeps one state per role, so each step must train one role; {both}. "
+            "Use schedule: alternate, or optimizer: null.",
         )
-    known = [p for p in inspect.signature(optimizer).parameters if p not in ("params", "lr")]
-    for parameter in recipe._train("optimizer_parameters"):
-        if parameter not in known:
-            raise place.error(
-                f"train.optimizer_parameters.{parameter}",
-                f"unknown key.{did_you_mean(parameter, known)} {name} has {', '.join(known)}.",
+    with place.naming("train.optimizer_parameters"):
+        parameters = recipe.setting("optimizer_parameters")
+        _check_parameters(parameters, optimizer)
+        optimizer([torch.zeros(1, requires_grad=True)], **parameters)  # it checks the values
+
+
+def _check_parameters(given: Mapping[str, Any], of: type) -> None:
+    known = [name for name in inspect.signature(of).parameters if name not in ("params", "lr")]
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"{of.__name__} has no parameter {name!r}.{did_you_mean(name, known)} "
+                f"It has {', '.join(known) or 'none'}."
             )

@@ -9,14 +9,15 @@ import json
 import re
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 
-from unlearn_llm.errors import RecipeError
+from unlearn_llm.errors import RecipeError, UserError
 from unlearn_llm.registry import did_you_mean
 
 EXPECTED = {
@@ -29,13 +30,12 @@ EXPECTED = {
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
     "list_type": "a list",
-    "is_instance_of": "nothing (it cannot be written in a recipe)",
 }
-# Extensions of JSON Schema's words; what is not named here is told in pydantic's own.
 
 NOT_IN_RECIPES = {
     "hub_token": "a recipe is written beside the results; log in with `hf auth login` instead",
     "resume_from_checkpoint": "give --resume instead",
+    "parallelism_config": "give it to accelerate launch instead",
 }
 
 
@@ -53,6 +53,14 @@ class Place:
             for name in self.overridden
         )
         return RecipeError(f"{'command line' if from_override else self.file}: {key}: {problem}")
+
+    @contextmanager
+    def naming(self, key: str) -> Iterator[None]:
+        """Turn what is refused inside into the error for a key."""
+        try:
+            yield
+        except (UserError, ValueError, TypeError) as error:
+            raise self.error(key, str(error)) from error
 
 
 def check_section(settings: type, content: Any, section: str, place: Place) -> None:
@@ -102,7 +110,7 @@ def _required(field: "dataclasses.Field[Any]") -> bool:
 
 
 def _strict(hint: Any) -> Any:
-    """Replace dataclasses by their schemas, and `Enum | str` by the enum, so that names are told."""
+    """Replace dataclasses by their schemas, and `Enum | str` by the enum: names are told."""
     if dataclasses.is_dataclass(hint) and _is_ours(hint):
         return _schema(typing.cast(type, hint))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -175,5 +183,6 @@ def _either(words: Sequence[str], most: int = 12) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = "null" if value is None else repr(value)
+    words = {None: "null", True: "true", False: "false"}
+    text = words[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -18,6 +18,7 @@ from unlearn_llm.yaml_text import parse_yaml
 Document = dict[str, Any]
 Axes = dict[str, dict[str, Any]]
 
+
 def read_document(path: Path) -> Document:
     """Read a recipe file.
 
@@ -49,6 +50,18 @@ def names() -> list[str]:
         for chosen in variants(read_document(path), display(path)):
             found.append("/".join([name_of(path), *chosen.values()]))
     return found
+
+
+def summary() -> list[str]:
+    """Name every recipe file, with its axes: "tofu/phi-1.5/{split}/{objective}/{scheme} (48)"."""
+    lines = []
+    for path in sorted(RECIPES.rglob("*.yaml")):
+        document = read_document(path)
+        axes = _axes(document, display(path))
+        count = sum(1 for _ in variants(document, display(path)))
+        lines.append("/".join([name_of(path), *(f"{{{'|'.join(v)}}}" for v in axes.values())]))
+        lines[-1] += f" ({count})" if axes else ""
+    return lines
 
 
 def name_of(path: Path) -> str:
@@ -94,7 +107,7 @@ def resolve(document: Document, chosen: Sequence[str], name: str, where: str) ->
     """
     axes = _axes(document, where)
     if len(chosen) != len(axes):
-        example = "/".join([name, *[next(iter(values)) for values in list(axes.values())[len(chosen):]]])
+        example = "/".join([name, *(next(iter(values)) for values in axes.values())])
         raise RecipeError(
             f"{where}: holds no variants, so nothing may follow its name; got {'/'.join(chosen)!r}."
             if not axes
@@ -138,7 +151,9 @@ def override(document: Document, overrides: Sequence[str]) -> list[str]:
         key, equals, value = text.partition("=")
         parts = key.split(".")
         if not equals or not all(parts):
-            raise RecipeError(f"command line: expected key=value such as train.seed=2, got {text!r}.")
+            raise RecipeError(
+                f"command line: expected key=value such as train.seed=2, got {text!r}."
+            )
         section = document
         for depth, part in enumerate(parts[:-1], start=1):
             if section.get(part) is None:

@@ -138,8 +138,8 @@ def choose_reference(
     fresh = has_fresh_adapter(model)
     if choice == "adapter" and not fresh:
         raise UserError(
-            "reference: adapter needs a fresh LoRA adapter; with a continued one the base model "
-            "is not the model at the start. Use reference: frozen."
+            "reference: adapter needs a fresh LoRA adapter that trains alone; otherwise the base "
+            "model is not the model at the start. Use reference: frozen."
         )
     if choice == "adapter" or (choice == "auto" and fresh):
         return DisabledAdapter(model)
@@ -159,9 +159,18 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def has_fresh_adapter(model: nn.Module) -> bool:
-    """Does the model carry a LoRA adapter that does not change it yet (all B matrices zero)?"""
+    """Is the model, with its adapter switched off, the model at the start, and will it stay so?
+
+    True if the B matrices of its LoRA adapter are all zero, and nothing trains that
+    `disable_adapter` does not switch off (adapters, and copies made by `modules_to_save`).
+    """
     matrices = [p for name, p in model.named_parameters() if "lora_B" in name]
-    return bool(matrices) and not any(bool(matrix.any()) for matrix in matrices)
+    switched_off = all(
+        "lora_" in name or "modules_to_save" in name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    )
+    return bool(matrices) and switched_off and not any(bool(b.any()) for b in matrices)
 
 
 def _score_rows(

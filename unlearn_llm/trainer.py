@@ -30,6 +30,9 @@ from unlearn_llm.scoring import score
 from unlearn_llm.types import IGNORE_INDEX, ROLES, Batch, Role, Sequences
 
 Rows = Sequence[QA] | Sequence[Mapping[str, Any]]
+NO_EVALUATION = (
+    "Nothing to evaluate with: give UnlearnTrainer(evaluate_model=...), or set eval_strategy: no."
+)
 
 
 class UnlearnTrainer(Trainer):
@@ -111,12 +114,16 @@ class UnlearnTrainer(Trainer):
             # Checkpointed blocks drop gradients when their input needs none, as under LoRA
             # (trap 16; TRL does the same).
             model.enable_input_require_grads()
-        self.collator = Collator(int(processing_class.pad_token_id))
+        pad_id = processing_class.pad_token_id
+        # Padding is marked by position, so any token will do; the encoder asked for an end token.
+        self.collator = Collator(int(processing_class.eos_token_id if pad_id is None else pad_id))
         super().__init__(
             model=model,
             args=args,
             data_collator=self.collator,  # type: ignore[arg-type]  # batches are keyed by role
             train_dataset=self.role_rows,
+            # Only its presence counts: the Trainer demands one where eval_strategy is set.
+            eval_dataset=None if evaluate_model is None else self.role_rows,
             processing_class=processing_class,
             callbacks=[*(callbacks or []), ForgetLearningRate()],
             optimizers=optimizers,
@@ -249,10 +256,7 @@ class UnlearnTrainer(Trainer):
     def evaluate(self, *args: Any, **keywords: Any) -> dict[str, float]:
         """Give the scores of the model, as `evaluate_model` computes them."""
         if self.evaluate_model is None:
-            raise UserError(
-                "Nothing to evaluate with: give UnlearnTrainer(evaluate_model=...), or set "
-                "eval_strategy: no."
-            )
+            raise UserError(NO_EVALUATION)
         prefix = keywords.get("metric_key_prefix", "eval")
         assert self.model is not None
         scores = self.evaluate_model(self.model)
@@ -311,6 +315,8 @@ class UnlearnTrainer(Trainer):
 
     def _check_combination(self, args: UnlearnConfig) -> None:
         """Refuse what cannot work, before the model is touched."""
+        if args.eval_strategy != "no" and self.evaluate_model is None:
+            raise UserError(NO_EVALUATION)
         one_role = all(len(self.schedule.roles(step)) == 1 for step in range(args.max_steps))
         cls = OPTIMIZERS[args.optimizer] if args.optimizer else None
         if cls is not None and issubclass(cls, DualAdamW) and not one_role:
@@ -345,6 +351,7 @@ class UnlearnTrainer(Trainer):
             micro_batch=self.args.per_device_train_batch_size,
             forget_rows=len(self.role_rows.rows["forget"]),
             retain_rows=len(self.role_rows.rows["retain"]),
+            pairing=self.args.pairing,
         )
 
 

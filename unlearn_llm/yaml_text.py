@@ -1,4 +1,4 @@
-"""YAML 1.2 as recipes use it: text, numbers, booleans, null, lists, mappings; nothing surprising."""
+"""YAML 1.2 without surprises: text, numbers, booleans, null, lists and mappings."""
 
 import re
 from typing import Any
@@ -21,16 +21,19 @@ _SCALARS = (
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses duplicate keys, keys that are not text, and aliases."""
+    """Refuses duplicate keys, keys that are not text, aliases and tags."""
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012  filled below
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(
-                problem="aliases (*name) are not read; write the value out",
-                problem_mark=self.peek_event().start_mark,
-            )
+        event = self.peek_event()
+        problem = None
+        if isinstance(event, yaml.AliasEvent):
+            problem = "aliases (*name) are not read; write the value out"
+        elif event.tag is not None:
+            problem = f"tags are not read; got {event.tag}"
+        if problem is not None:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -85,6 +88,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(f"{where}{line}: {error.problem}.") from error
+    except RecursionError as error:
+        raise RecipeError(f"{where}: nested too deeply.") from error
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{where}: not YAML: {' '.join(str(error).split())}.") from error
 

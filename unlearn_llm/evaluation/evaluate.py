@@ -1,7 +1,6 @@
 """Runs a suite on a model: ask everything once, measure, score, write."""
 
 import time
-from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -253,12 +252,12 @@ class _Once:
 
 def _asks(suite: Suite, probe: str, sample: Sample) -> dict[str, Request]:
     """Collect what the metrics of a probe ask about a sample; a key means one request in all."""
-    asks = [METRICS[metric].asks(sample) for metric in suite.probes[probe].metrics]
-    for own in asks:
-        for key, request in own.items():
-            if ChainMap(*map(dict, asks))[key] != request:
+    requests: dict[str, Request] = {}
+    for metric in suite.probes[probe].metrics:
+        for key, request in METRICS[metric].asks(sample).items():
+            if requests.setdefault(key, request) != request:
                 raise ValueError(f"Two metrics of probe {probe!r} mean unlike requests by {key!r}.")
-    return dict(ChainMap(*map(dict, reversed(asks))))
+    return requests
 
 
 def _measure(

@@ -149,14 +149,16 @@ class Runner:
     ) -> Iterator[tuple[Request, Generation]]:
         new_ids: dict[Generate, list[int]] = {request: [] for request, _ in prompts}
         open_rows = list(prompts)
-        limits = [FIRST_TOKENS, self.max_new_tokens - FIRST_TOKENS]
+        rest = self.max_new_tokens - FIRST_TOKENS
+        limits = [FIRST_TOKENS, rest] if rest > 0 else [self.max_new_tokens]
         with self._bar("generating", len(prompts)) as bar:
-            for limit in limits if limits[1] > 0 else [self.max_new_tokens]:
+            for limit in limits:
                 for row, more in self._continue(open_rows, new_ids, limit):
                     new_ids[row] += more
-                    if self._has_ended(more) or limit != FIRST_TOKENS:
-                        bar.update()
-                open_rows = [row for row in open_rows if not self._has_ended(new_ids[row[0]])]
+                still_open = [row for row in open_rows if not self._has_ended(new_ids[row[0]])]
+                bar.update(len(open_rows) - len(still_open))
+                open_rows = still_open
+            bar.update(len(open_rows))
         for request, ids in new_ids.items():
             yield request, self._generation(ids)
 

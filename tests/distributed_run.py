@@ -1,0 +1,58 @@
+"""Runs of two processes for test_distributed.py, started by torchrun.
+
+Takes a JSON file: a list of runs. Each holds `name`, `output_dir`, `family`, `lora`, `resume` and
+`settings`. Rank 0 writes weights, gradient norms and losses of every run to NAME.pt; each rank
+writes the rows that its loader deals to NAME.rows.RANK.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from models_for_tests import history, make_trainer, tiny_model, weights
+
+
+def rows_dealt(trainer) -> list[dict[str, list[int]]]:
+    """By micro-batch: the rows of each role that this rank reads."""
+    return [
+        {role: next(iter(answers.values()))["rows"].tolist() for role, answers in batch.items()}
+        for batch in trainer.get_train_dataloader()
+    ]
+
+
+def train(run: dict, folder: Path):
+    """Do one run and return its trainer."""
+    model = tiny_model(run.get("family", "llama"), lora=run.get("lora", False))
+    trainer = make_trainer(folder / run["output_dir"], model, **run["settings"])
+    rank = trainer.args.process_index
+    (folder / f"{run['name']}.rows.{rank}.json").write_text(json.dumps(rows_dealt(trainer)))
+    resume = run.get("resume")
+    trainer.train(resume_from_checkpoint=str(folder / resume) if resume else None)
+    return trainer
+
+
+def result(trainer) -> dict:
+    """What two runs are compared by."""
+    return {
+        "ranks": trainer.args.world_size,
+        "weights": weights(trainer.model),
+        **{
+            key: torch.tensor(history(trainer, key), dtype=torch.float64)
+            for key in ("grad_norm", "forget/grad_norm", "retain/grad_norm", "forget/loss",
+                        "retain/loss")
+        },
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Do all runs of the file in the order in which they stand."""
+    file = Path(sys.argv[1])
+    for run in json.loads(file.read_text()):
+        trainer = train(run, file.parent)
+        if trainer.args.process_index == 0:
+            torch.save(result(trainer), file.parent / f"{run['name']}.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,418 @@
+import math
+from pathlib import Path
+
+import pytest
+
+from unlearn_llm import recipe_files
+from unlearn_llm.errors import RecipeError
+from unlearn_llm.evaluation.scores import Score
+from unlearn_llm.optim import OPTIMIZERS, DualAdamW
+from unlearn_llm.published import compare
+from unlearn_llm.recipe import Published, Recipe
+from unlearn_llm.schedule import Joint
+from unlearn_llm.yaml_text import dump_yaml, parse_yaml
+
+MODELS = ("phi-1.5", "llama-2-7b", "llama-3.2-1b")
+
+
+@pytest.fixture(scope="module")
+def recipes() -> dict[str, Recipe]:
+    return {name: Recipe.load(name) for name in recipe_files.names()}
+
+
+@pytest.fixture(scope="module")
+def matrix(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
+    return {
+        name: recipe
+        for name, recipe in recipes.items()
+        if name.startswith("tofu/") and name.count("/") == 4
+    }
+
+
+def refusal(overrides: list[str], recipe: str = "synthetic/unlearn") -> str:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(recipe, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# Every recipe that comes with the package.
+
+
+def test_every_recipe_builds_objective_schedule_and_optimizer(recipes):
+    for name, recipe in recipes.items():
+        assert recipe.name == name
+        if recipe.kind == "unlearn":
+            # Recipe.load has built them from their names, with their parameters.
+            assert recipe.setting("objective").count("+") == 1
+            assert recipe.setting("optimizer") is None or recipe.setting("optimizer") in OPTIMIZERS
+
+
+def test_the_matrix_has_three_models_splits_and_four_objectives_and_schemes(matrix):
+    assert len(matrix) == 144
+    splits = ("forget01", "forget05", "forget10")
+    objectives = ("idk+gd", "me+gd", "dpo+gd", "idk+ap")
+    schemes = ("joint", "alternate", "dual_adamw", "dual_adamw_plus")
+    expected = {
+        f"tofu/{model}/{split}/{objective}/{scheme}"
+        for model in MODELS
+        for split in splits
+        for objective in objectives
+        for scheme in schemes
+    }
+    assert set(matrix) == expected
+
+
+def test_every_run_of_the_matrix_is_what_its_name_says(matrix):
+    for name, recipe in matrix.items():
+        _, _, split, objective, scheme = name.split("/")
+        retain = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}[split]
+        assert (recipe.data.forget, recipe.data.retain) == (f"tofu/{split}", f"tofu/{retain}")
+        assert recipe.setting("objective") == objective
+        assert recipe.setting("schedule") == ("joint" if scheme == "joint" else "alternate")
+        optimizer = scheme if scheme.startswith("dual") else None
+        assert recipe.setting("optimizer") == optimizer
+        # One alternating epoch of six steps of 40 rows: 40, 200 or 400 forget rows.
+        assert recipe.train["warmup_steps"] == {"1": 6, "5": 30, "0": 60}[split[-1]]
+        assert recipe.train["max_steps"] == 300
+        suite = recipe.suite()
+        assert suite.split == split
+        assert suite.objective_kind == ("untargeted" if objective == "me+gd" else "targeted")
+
+
+def test_only_dual_optimizers_get_the_forget_learning_rate_of_dpo(matrix):
+    for name, recipe in matrix.items():
+        dual = "/dual_adamw" in name and "/dpo+gd/" in name
+        assert recipe.setting("forget_learning_rate") == (1.5e-5 if dual else None)
+
+
+def test_joint_runs_pair_as_the_authors_do(matrix):
+    for name, recipe in matrix.items():
+        assert recipe.setting("pairing") == ("fixed" if name.endswith("/joint") else "random")
+
+
+def test_published_runs_use_forty_rows_and_the_mean_of_micro_batches(matrix):
+    for recipe in matrix.values():
+        if recipe.published:
+            rows = recipe.train["per_device_train_batch_size"]
+            assert rows * recipe.train["gradient_accumulation_steps"] * 2 == 40
+            assert recipe.setting("averaging") == "micro_batch"
+
+
+# Published numbers.
+
+
+def test_published_rows_are_all_there(matrix):
+    # Per model: 2 objectives x 4 schemes x 3 splits (DualOptim+), and dpo+gd joint, idk+ap joint
+    # and idk+ap dual_adamw x 3 splits (DualOptim).
+    counts = {
+        model: sum(len(r.published) for name, r in matrix.items() if f"/{model}/" in name)
+        for model in MODELS
+    }
+    assert counts == {"phi-1.5": 33, "llama-2-7b": 33, "llama-3.2-1b": 0}
+    assert all(len(recipe.published) <= 1 for recipe in matrix.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "scores"),
+    [
+        ("phi-1.5/forget05/idk+gd/dual_adamw_plus", [67.63, 67.60, 51.52, 59.57]),
+        ("phi-1.5/forget10/me+gd/alternate", [91.96, 48.48, 70.22]),
+        ("phi-1.5/forget01/dpo+gd/joint", [0.2410, 0.6831, 0.4621]),
+        ("llama-2-7b/forget10/idk+gd/joint", [78.08, 71.25, 57.15, 65.91]),
+        ("llama-2-7b/forget05/me+gd/dual_adamw", [96.66, 75.90, 86.28]),
+        ("llama-2-7b/forget10/idk+ap/dual_adamw", [0.7362, 0.7855, 0.7609]),
+    ],
+)
+def test_published_scores_are_the_papers(matrix, name, scores):
+    assert list(matrix[f"tofu/{name}"].published[0].scores.values()) == scores
+
+
+def test_published_ovr_and_avg_follow_their_formulas(matrix):
+    for name, recipe in matrix.items():
+        for row in recipe.published:
+            s = row.scores
+            if "Avg" in s:
+                # Printed with four decimals, made of three numbers rounded so.
+                assert s["Avg"] == pytest.approx((s["MC"] + s["FE"]) / 2, abs=1.01e-4), name
+                continue
+            forgotten = (s["UFE"] + s["TFE"]) / 2 if "TFE" in s else s["UFE"]
+            # Two decimals; metrics.md 3.4 found a few cells off by 0.01 from rounded inputs.
+            assert s["OVR"] == pytest.approx((forgotten + s["MU"]) / 2, abs=0.0126), name
+
+
+def test_targeted_runs_have_a_published_tfe_and_untargeted_ones_do_not(matrix):
+    for name, recipe in matrix.items():
+        for row in recipe.published:
+            if "OVR" in row.scores:
+                assert ("TFE" in row.scores) == ("/idk+gd/" in name)
+
+
+def test_settings_beside_published_rows_are_overrides_that_work(matrix):
+    for name, recipe in matrix.items():
+        for row in recipe.published:
+            Recipe.load(name, row.settings)
+
+
+def test_a_score_within_the_tolerance_is_reached():
+    row = Published("a table", {"OVR": 59.57, "UFE": 67.63}, tolerance={"OVR": 1.5})
+    ovr, ufe = compare([row], {"OVR": Score(0.5820), "UFE": Score(0.6704)})
+    assert (ovr.ours, ovr.reached) == (pytest.approx(58.20), True)  # 1.37 below
+    assert (ufe.ours, ufe.reached) == (pytest.approx(67.04), None)  # no tolerance named
+    missed, absent = compare([row], {"OVR": Score(0.5800)})
+    assert missed.reached is False  # 1.57 below
+    assert (absent.ours, absent.reached) == (None, None)
+
+
+def test_avg_is_the_mean_of_our_utility_and_forget_efficacy():
+    row = Published("a table", {"Avg": 0.46}, scale=1.0, tolerance={"Avg": 0.015})
+    row_with_parts = Published("a table", {"MC": 0.2, "FE": 0.7, "Avg": 0.46}, scale=1.0)
+    scores = {"MU18": Score(0.25), "UFE": Score(0.69)}
+    assert compare([row_with_parts], scores)[2].ours == pytest.approx(0.47)  # (.25 + .69) / 2
+    assert compare([row], scores)[0].ours == pytest.approx(0.47)
+
+
+# Files, variants, overrides.
+
+
+def test_a_resolved_recipe_is_a_recipe(recipes, tmp_path):
+    for name in (
+        "synthetic/target",
+        "synthetic/unlearn",
+        "tofu/phi-1.5/forget05/idk+gd/dual_adamw_plus",
+        "tofu/llama-3.2-1b/forget10/dpo+gd/dual_adamw",
+    ):
+        text = recipes[name].to_yaml()
+        again = Recipe.load(write(tmp_path, text))
+        assert again == recipes[name]
+        assert again.to_yaml() == text
+
+
+def test_the_header_says_command_and_expected_scores(recipes):
+    text = recipes["tofu/phi-1.5/forget05/idk+gd/dual_adamw_plus"].to_yaml()
+    assert "# Expected  UFE 67.63, TFE 67.6, MU 51.52, OVR 59.57 (+-1.5)." in text
+    assert "-m unlearn_llm train tofu/phi-1.5/forget05/idk+gd/dual_adamw_plus\n" in text
+    assert "# Model     locuslab/tofu_ft_phi-1.5\n" in text
+    none = recipes["tofu/llama-3.2-1b/forget05/idk+gd/dual_adamw_plus"].to_yaml()
+    assert "# Expected  none published\n" in none
+
+
+def test_axes_are_merged_in_their_order(tmp_path):
+    path = write(
+        tmp_path,
+        """
+model: {path: m}
+data: {forget: f.json, retain: r.json, template: plain}
+train: {learning_rate: 1e-5, schedule_parameters: {forget: 1, retain: 5}}
+variants:
+  first: {a: {train: {learning_rate: 1e-4, seed: 1}}, b: {}}
+  second: {c: {train: {learning_rate: 1e-3, schedule_parameters: {retain: 2}}}, d: {}}
+""",
+    )
+    both = Recipe.load(f"{path}/a/c").train
+    assert (both["learning_rate"], both["seed"]) == (1e-3, 1)
+    assert both["schedule_parameters"] == {"forget": 1, "retain": 2}
+    assert Recipe.load(f"{path}/b/d").train["learning_rate"] == 1e-5
+    assert Recipe.load(f"{path}/b/d").name == "mine/b/d"
+
+
+def test_overrides_are_yaml_and_win():
+    recipe = Recipe.load(
+        "synthetic/unlearn",
+        ["train.seed=2", "train.learning_rate=1e-4", "evaluate=null", "data.seed=7"],
+    )
+    assert (recipe.train["seed"], recipe.train["learning_rate"]) == (2, 1e-4)
+    assert recipe.evaluate is None and recipe.data.seed == 7
+
+
+def test_the_suite_takes_split_files_and_kind_from_the_run():
+    recipe = Recipe.load(
+        "synthetic/unlearn", ["data.forget=synthetic/forget05", "data.seed=3", "data.folder=here"]
+    )
+    suite = recipe.suite()
+    assert (suite.split, suite.data_seed, suite.folder) == ("forget05", 3, "here")
+    assert suite.objective_kind == "targeted"
+    named = Recipe.load("synthetic/unlearn", ["evaluate.overrides={split: forget01}"])
+    assert named.suite().split == "forget01"
+
+
+def test_results_go_to_a_folder_named_like_the_recipe():
+    assert Recipe.load("synthetic/unlearn").output_dir == Path("outputs/synthetic/unlearn")
+    assert Recipe.load("synthetic/unlearn", ["train.output_dir=x"]).output_dir == Path("x")
+
+
+def test_a_class_from_elsewhere_may_stand_for_an_optimizer():
+    recipe = Recipe.load("synthetic/unlearn", ["train.optimizer=unlearn_llm.optim.dual:DualAdamW"])
+    assert OPTIMIZERS[recipe.setting("optimizer")] is DualAdamW
+
+
+def test_a_joint_schedule_trains_both_roles(matrix):
+    name = "tofu/phi-1.5/forget01/idk+gd/joint"
+    assert Joint().roles(0) == ("forget", "retain")
+    assert matrix[name].setting("schedule") == "joint"
+
+
+# YAML.
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-5", 1e-5),
+        ("-2.5E+3", -2500.0),
+        (".5", 0.5),
+        ("300", 300),
+        ("-7", -7),
+        ("010", "010"),  # YAML 1.1: 8
+        ("1:30", "1:30"),  # YAML 1.1: 90
+        ("no", "no"),  # YAML 1.1: false
+        ("on", "on"),
+        ("true", True),
+        ("null", None),
+        ("", None),
+        ("1e-5x", "1e-5x"),
+        ("2024-01-01", "2024-01-01"),
+        ("1_000", "1_000"),
+        (".inf", ".inf"),
+        ("'7'", "7"),
+    ],
+)
+def test_scalars_mean_what_they_look_like(text, value):
+    read = parse_yaml(f"key: {text}", "x")["key"]
+    assert read == value and type(read) is type(value)
+
+
+def test_what_is_dumped_is_read_back():
+    values = ["no", "1e-5", "010", "1:30", "", "null", "~", "a: b", "# c", "é\n", "=", "<<"]
+    content = {"text": values, "numbers": [1e-5, 0.1, 1, -3, 1e22], "n": None, "d": {"e": {}}}
+    assert parse_yaml(dump_yaml(content), "x") == content
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: 1\na: 2", "x, line 2: the key 'a' stands twice."),
+        ("a: &b 1\nc: *b", "x, line 2: aliases (*name) are not read; write the value out."),
+        ("a: !!python/name:os.system", "x, line 1: tags are not read"),
+        ("1: 2", "x, line 1: expected a key that is text, got 1."),
+        ("\ta: 1", "x, line 1: found character '\\t'"),
+        ("a: [", "x, line 1: "),
+        ("[" * 5000, "x: nested too deeply."),
+    ],
+)
+def test_yaml_that_means_more_than_it_says_is_refused(text, problem):
+    with pytest.raises(RecipeError) as caught:
+        parse_yaml(text, "x")
+    assert str(caught.value).startswith(problem)
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.learning_rate=1e-5x", "train.learning_rate: expected a number, got '1e-5x'."),
+        (
+            "train.learning_rat=1e-5",
+            "train.learning_rat: unknown key. Did you mean 'learning_rate'",
+        ),
+        ("train.max_steps=300.0", "train.max_steps: expected a whole number, got 300.0."),
+        ("train.seed=true", "train.seed: expected a whole number, got true."),
+        ("train.bf16=yes", "train.bf16: expected true or false, got 'yes'."),
+        ("train.report_to=3", "train.report_to: expected text or a list, got 3."),
+        ("train.lr_scheduler_type=cosin", "Did you mean 'cosine'?"),
+        ("train.averaging=windov", "expected window or micro_batch, got 'windov'. Did you mean"),
+        ("train.objective=simpno+gd", "Unknown forget loss 'simpno'. Did you mean 'simnpo'?"),
+        ("train.objective=idk", "expected 'forget+retain' such as 'idk+ap', got 'idk'."),
+        ("train.schedule=altrnate", "Unknown schedule 'altrnate'. Did you mean 'alternate'?"),
+        ("train.schedule_parameters={forgt: 1}", "no parameter 'forgt'. Did you mean 'forget'?"),
+        ("train.schedule_parameters={forget: x}", "train.schedule_parameters: "),
+        ("train.optimizer=dual_adam", "Unknown optimizer 'dual_adam'. Did you mean 'dual_adamw'?"),
+        ("train.optimizer_parameters={betaz: 1}", "Did you mean 'betas'?"),
+        (
+            "train.optimizer_parameters={betas: [0.9, 1.0]}",
+            "expected two numbers from 0 to below 1",
+        ),
+        ("train.forget_parameters={beta: 1}", "The loss 'idk' has no parameter 'beta'."),
+        ("train.hub_token=x", "train.hub_token: cannot be set in a recipe; "),
+        ("train=3", "train: expected a mapping, got 3."),
+        ("data.template=lama2", "data.template: expected chat, llama2"),
+        ("data.forget=null", "data.forget: is missing"),
+        ("data.train=[x]", "data.train: is read by kind: finetune only"),
+        ("data.tokenizer_rows=[1]", "data.tokenizer_rows.0: expected text, got 1."),
+        ("modl.path=x", "modl: unknown section. Did you mean 'model'?"),
+        ("model.path=null", "model.path: is missing"),
+        ("model.lora={r: '8'}", "model.lora.r: expected a whole number, got '8'."),
+        ("model.new={famly: phi}", "model.new.famly: unknown key. Did you mean 'family'?"),
+        ("evaluate.suite=tofoo", "Unknown suite 'tofoo'. Did you mean 'tofu'?"),
+        ("evaluate.overrides={splitt: x}", "unknown key 'splitt'. Did you mean 'split'?"),
+        ("kind=finetun", "kind: expected finetune or unlearn, got 'finetun'. Did you mean"),
+        ("name=../../x", "name: expected parts such as tofu/mine, got '../../x'."),
+        ("published=[{source: x}]", "published.scores: is missing."),
+        ("train.seed", "expected key=value such as train.seed=2, got 'train.seed'."),
+        ("train.seed.x=1", "train.seed.x: train.seed holds no keys of its own."),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(override, message):
+    found = refusal([override])
+    assert found.startswith("command line: ")
+    assert message in found
+
+
+def test_a_mistake_in_a_file_names_the_file(tmp_path):
+    path = write(
+        tmp_path, "model: {path: m}\ndata: {}\ntrain: {learning_rate: fast}\nevaluate: null"
+    )
+    assert refusal([], str(path)) == f"{path}: train.learning_rate: expected a number, got 'fast'."
+
+
+def test_a_dual_optimizer_with_a_joint_schedule_is_refused():
+    found = refusal(["train.schedule=joint", "train.schedule_parameters={}"])
+    assert "dual_adamw_plus keeps one state per role" in found
+    found = refusal(
+        [
+            "train.schedule=joint",
+            "train.schedule_parameters={}",
+            "train.optimizer=null",
+            "train.forget_learning_rate=1e-5",
+        ]
+    )
+    assert "train.forget_learning_rate: needs steps that train one role" in found
+
+
+def test_evaluation_steps_without_a_suite_are_refused():
+    found = refusal(["evaluate=null", "train.eval_strategy=steps"])
+    assert "train.eval_strategy: needs an evaluate section" in found
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "tofu/phy-1.5/forget05/idk+gd/joint",
+            "Did you mean 'tofu/phi-1.5/forget05/idk+gd/joint'?",
+        ),
+        ("tofu/phi-1.5", "such as tofu/phi-1.5/forget01/idk+gd/joint; got none."),
+        ("tofu/phi-1.5/forget01", "such as tofu/phi-1.5/forget01/idk+gd/joint; got forget01."),
+        ("tofu/phi-1.5/forget01/idk+gd/dual_adam", "unknown scheme 'dual_adam'. Did you mean"),
+        ("synthetic/unlearn/x", "holds no variants, so nothing may follow its name; got 'x'."),
+        ("../pyproject", "There is no recipe '../pyproject'."),
+        ("nothing.yaml", "There is no recipe 'nothing.yaml'."),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(name, message):
+    assert message in refusal([], name)
+
+
+def test_tolerances_are_positive_and_scores_finite(matrix):
+    for recipe in matrix.values():
+        for row in recipe.published:
+            assert all(value > 0 for value in row.tolerance.values())
+            assert all(math.isfinite(value) for value in row.scores.values())

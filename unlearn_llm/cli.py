@@ -1,0 +1,286 @@
+"""The command `unlearn`. Only words here: what a command does is in pipeline.py.
+
+torch and transformers are imported inside the commands, after what can be checked without them.
+Exit codes: 0 done, 2 a mistake in what was given, 3 the run diverged, 130 Ctrl-C.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from unlearn_llm import recipe_files
+from unlearn_llm.errors import NonFiniteError, UserError
+
+if TYPE_CHECKING:
+    from unlearn_llm.pipeline import Run
+    from unlearn_llm.recipe import Recipe
+
+app = typer.Typer(
+    name="unlearn",
+    help="Make a language model forget what it must no longer know, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file, or a name.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Replace settings, such as train.seed=2."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run's results.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+
+
+def main() -> None:
+    """Run the command line; mistakes of the user become one line on stderr."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error), 2)
+    except NonFiniteError as error:
+        _fail(str(error), 3)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Unlearn as a recipe says, and evaluate if it asks for that."""
+    loaded = _load(recipe, overrides, resume, overwrite)
+    from unlearn_llm.pipeline import run_train
+
+    with _stdout_for_json(as_json):
+        run = run_train(loaded, resume=resume, overwrite=overwrite)
+    _show_run(loaded, run, as_json)
+
+
+@app.command()
+def finetune(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a model, or train a new one: makes targets to unlearn, and gold models."""
+    loaded = _load(recipe, overrides, resume, overwrite)
+    from unlearn_llm.pipeline import run_finetune
+
+    with _stdout_for_json(as_json):
+        run = run_finetune(loaded, resume=resume, overwrite=overwrite)
+    _show_run(loaded, run, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]... [KEY=VALUE]...",
+            help="Folders or hub ids. KEY=VALUE replaces a field of the suite, or with "
+            "model. or data. before it a setting of those sections (data.template=llama2).",
+        ),
+    ] = None,
+    suite: Annotated[str, typer.Option(help="A name in eval/, or a .yaml file.")] = "tofu",
+    reference: Annotated[
+        Path | None, typer.Option(help="records.jsonl of a model that never saw the forget set.")
+    ] = None,
+    records: Annotated[
+        list[Path] | None,
+        typer.Option("--from", help="Recompute scores from records.jsonl, without a model."),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder for records.jsonl and scores.json, one folder per model.")
+    ] = Path("outputs/evaluation"),
+    all_scores: Annotated[
+        bool, typer.Option("--all", help="Show the members of the composites too.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure models with a suite, side by side."""
+    overrides = [word for word in models or [] if "=" in word and not Path(word).exists()]
+    names = [word for word in models or [] if word not in overrides]
+    if bool(names) == bool(records):
+        raise UserError("eval: give models, or --from records.jsonl; one of the two.")
+    if records and output != Path("outputs/evaluation"):
+        raise UserError("eval: --from writes nothing; leave --output out.")
+    from unlearn_llm.evaluating import evaluate_models, recompute_records
+
+    with _stdout_for_json(as_json):
+        if records:
+            found = recompute_records(records, suite, overrides, reference)
+        else:
+            found = evaluate_models(names, suite, overrides, reference, output)
+    _show_scores(found, as_json, all_scores)
+
+
+@app.command()
+def demo(
+    as_json: AsJson = False,
+    output: Annotated[Path, typer.Option(help="Folder for models and scores.")] = Path(
+        "outputs/demo"
+    ),
+) -> None:
+    """Teach a small model, make it forget, show what became of it. No network."""
+    from unlearn_llm.demo import run_demo
+
+    run_demo(output, as_json)
+
+
+@app.command("list")
+def list_names(as_json: AsJson = False) -> None:
+    """Name everything that a recipe may name, and the recipes."""
+    import unlearn_llm.losses  # noqa: F401  registers the names of the losses
+    from unlearn_llm.evaluation.metrics import METRICS
+    from unlearn_llm.evaluation.suite import suites
+    from unlearn_llm.objective import FORGET_LOSSES, RETAIN_LOSSES
+    from unlearn_llm.optim import OPTIMIZERS
+    from unlearn_llm.schedule import SCHEDULES
+
+    found: dict[str, Any] = {
+        "objectives": {"forget": list(FORGET_LOSSES), "retain": list(RETAIN_LOSSES)},
+        "schedules": list(SCHEDULES),
+        "combines": ["sum"],
+        "optimizers": list(OPTIMIZERS),
+        "metrics": list(METRICS),
+        "suites": list(suites()),
+        "recipes": recipe_files.names(),
+    }
+    if as_json:
+        print(json.dumps(found))
+        return
+    sides = found.pop("objectives")
+    recipes = found.pop("recipes")
+    for kind, names in (
+        ("forget losses", sides["forget"]),
+        ("retain losses", sides["retain"]),
+        *found.items(),
+    ):
+        print(f"{kind:14} {', '.join(names)}")
+    print("recipes", *recipe_files.summary(), sep="\n  ")
+    print(f"{len(recipes)} recipes; `unlearn list --json` names each.")
+
+
+@app.command()
+def show(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Print a recipe by itself, resolved: its YAML, with the scores it should reach."""
+    print(_load(recipe, overrides).to_yaml(), end="")
+
+
+@app.command()
+def copy(
+    recipe: RecipeName,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new .yaml file.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write a recipe by itself into a file, to be edited."""
+    if file.suffix not in (".yaml", ".yml"):
+        raise UserError(f"copy: expected a file that ends in .yaml, got {file}.")
+    if file.exists():
+        raise UserError(f"copy: {file} exists; give another name.")
+    text = _load(recipe, overrides).to_yaml(str(file))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    print(f"wrote {file}")
+
+
+def _load(
+    name: str, overrides: list[str] | None, resume: bool = False, overwrite: bool = False
+) -> "Recipe":
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run, --overwrite replaces it; give one of them.")
+    recipe_files.locate(name)  # a mistyped name is told before transformers is imported
+    from unlearn_llm.recipe import Recipe
+
+    return Recipe.load(name, overrides or [])
+
+
+def _show_run(recipe: "Recipe", run: "Run", as_json: bool) -> None:
+    from unlearn_llm.published import compare
+
+    evaluation = run.evaluation
+    compared = compare(recipe.published, evaluation.scores) if evaluation else []
+    if not _is_first_process():
+        return
+    if as_json:
+        scores = evaluation.details["scores"] if evaluation else None
+        result = {
+            "folder": str(run.folder),
+            "scores": scores,
+            "published": [asdict(score) for score in compared],
+        }
+        print(json.dumps(result, allow_nan=False))
+        return
+    if evaluation is not None:
+        _show_scores({run.folder.name: evaluation.details}, as_json=False)
+    for score in compared:
+        ours = "not measured" if score.ours is None else f"{score.ours:.4g}"
+        within = f" (+-{score.tolerance:g})" if score.tolerance is not None else ""
+        verdict = {True: ": reached", False: ": not reached", None: ""}[score.reached]
+        print(f"{score.name} {ours}, published {score.published:g}{within}{verdict}")
+    print(f"wrote {run.folder}")
+
+
+def _show_scores(found: dict[str, Any], as_json: bool, all_scores: bool = False) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from unlearn_llm.evaluation.report import side_by_side
+
+    if not _is_first_process():
+        return
+    rows = side_by_side(found)
+    if as_json:
+        print(json.dumps(rows, allow_nan=False))
+        return
+    # One line per score: there are more scores than a terminal is wide.
+    shown = Table("score")
+    for name in rows:
+        shown.add_column(Text(Path(name).name or name), justify="right")
+    for score in next(iter(rows.values())):
+        if all_scores or "/" not in score:
+            shown.add_row(score, *(scores[score]["text"] for scores in rows.values()))
+    Console().print(shown)
+    for name, scores in rows.items():
+        notes = {n: s["note"] for n, s in scores.items() if s["value"] is None and "/" not in n}
+        for score, note in notes.items():
+            print(f"{Path(name).name}: {score} not measured: {note}")
+
+
+@contextmanager
+def _stdout_for_json(as_json: bool) -> Iterator[None]:
+    """With --json, send what libraries print to stderr."""
+    if not as_json:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def _is_first_process() -> bool:
+    """Is this the process that speaks? (accelerate launch and torchrun set RANK)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """Say what is wrong in one line, control characters escaped."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(code)

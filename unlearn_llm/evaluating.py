@@ -1,0 +1,102 @@
+"""`unlearn eval`: models, or records of earlier evaluations, side by side."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from unlearn_llm import recipe_files
+from unlearn_llm.evaluation.evaluate import recompute
+from unlearn_llm.evaluation.records import SCORES, read_records
+from unlearn_llm.evaluation.report import read_details
+from unlearn_llm.evaluation.suite import Suite
+from unlearn_llm.models import ModelSettings, load_tokenizer
+from unlearn_llm.pipeline import RECIPE_FILE, run_evaluate
+from unlearn_llm.recipe import DataSettings, Recipe
+from unlearn_llm.recipe_check import Place, build, check_section
+
+Details = dict[str, Any]
+FROM_RUN = ("template", "max_length", "truncate", "folder", "refusals", "seed")
+"""Settings of the data that an evaluation takes over from the run that made the model."""
+
+
+def evaluate_models(
+    models: Sequence[str],
+    suite: str,
+    overrides: Sequence[str],
+    reference: Path | None,
+    output: Path,
+) -> dict[str, Details]:
+    """Evaluate models one after the other; the details of each by its name.
+
+    A model folder of ours has a recipe.yaml: its template, files and kind of objective hold, too,
+    unless overridden.
+
+    Raises:
+        UserError: before the first weights are loaded, if the mistake is in what was given.
+    """
+    prepared = {name: _prepare(name, suite, overrides) for name in dict.fromkeys(models)}
+    if reference is not None:
+        read_records(reference)
+    found = {}
+    for name, (model, data, loaded) in prepared.items():
+        folder = output / suite_name(suite) / name.strip("./").replace("/", "--")
+        evaluation = run_evaluate(model, loaded, data, folder, reference=reference)
+        found[name] = evaluation.details
+    return found
+
+
+def recompute_records(
+    records: Sequence[Path], suite: str, overrides: Sequence[str], reference: Path | None
+) -> dict[str, Details]:
+    """Make the scores anew from records, without models."""
+    changes: Details = {}
+    recipe_files.override(changes, overrides)
+    loaded = Suite.load(suite, **changes)
+    made_of = loaded.with_proxies().scores.values()
+    found = {}
+    for path in records:
+        beside = (path if path.is_dir() else path.parent) / SCORES
+        reasons = read_details(beside).get("not_measured") if beside.is_file() else None
+        scores = recompute(path, loaded, reference_records=reference, not_measured=reasons)
+        found[str(path)] = {
+            "scores": {
+                name: {**asdict(score), "aggregate": of_suite.aggregate}
+                for (name, score), of_suite in zip(scores.items(), made_of, strict=True)
+            }
+        }
+    return found
+
+
+def suite_name(suite: str) -> str:
+    """Name a suite by its file."""
+    return Path(suite).name.removesuffix(".yaml").removesuffix(".yml")
+
+
+def _prepare(
+    name: str, suite: str, overrides: Sequence[str]
+) -> tuple[ModelSettings, DataSettings, Suite]:
+    """Settle model, data and suite of one evaluation."""
+    document: Details = {"model": {"path": name}, "data": {}}
+    of_suite: Details = {}
+    made_by = Path(name).expanduser() / RECIPE_FILE
+    if made_by.is_file():
+        run = Recipe.load(made_by)
+        document["data"] = {
+            k: run.document["data"][k] for k in FROM_RUN if k in run.document["data"]
+        }
+        of_suite = run.suite_settings()
+    recipe_files.override(document, [text for text in overrides if _is_section(text)])
+    recipe_files.override(of_suite, [text for text in overrides if not _is_section(text)])
+    place = Place("eval", [text.partition("=")[0] for text in overrides])
+    check_section(ModelSettings, document["model"], "model", place)
+    check_section(DataSettings, document["data"], "data", place)
+    model, data = build(ModelSettings, document["model"]), build(DataSettings, document["data"])
+    if data.folder is not None:
+        of_suite.setdefault("folder", data.folder)
+    load_tokenizer(model)  # is it there?
+    return model, data, Suite.load(suite, **of_suite)
+
+
+def _is_section(text: str) -> bool:
+    return text.startswith(("model.", "data."))

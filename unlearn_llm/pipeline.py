@@ -1,0 +1,319 @@
+"""Runs, from a recipe to a folder: what the command line, the demo and the benchmarks call.
+
+Everything cheap comes first (names, files, rows, tokens, folders), so that a mistake shows in
+seconds; weights are loaded last.
+
+A results folder holds the model and the tokenizer, recipe.yaml, trainer_state.json, checkpoints,
+and evaluation/ with records.jsonl and scores.json.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from unlearn_llm.dataset import read_refusals
+from unlearn_llm.encode import Encoder
+from unlearn_llm.errors import UserError
+from unlearn_llm.evaluation.evaluate import Evaluation, evaluate
+from unlearn_llm.evaluation.records import read_records, write_whole
+from unlearn_llm.evaluation.suite import Suite
+from unlearn_llm.finetune import finetune
+from unlearn_llm.models import (
+    ModelSettings,
+    load_model,
+    load_tokenizer,
+    new_model,
+    new_tokenizer,
+)
+from unlearn_llm.recipe import DataSettings, Recipe
+from unlearn_llm.rows import QA, check_disjoint, load_rows, split_tasks, to_pairs
+from unlearn_llm.trainer import UnlearnTrainer
+
+RECIPE_FILE = "recipe.yaml"
+EVALUATION = "evaluation"
+LEFT_BY_RUNS = (
+    "checkpoint-*",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "adapter_config.json",
+    "trainer_state.json",
+    EVALUATION,
+)
+
+
+class Run(NamedTuple):
+    """What a training run left.
+
+    Attributes:
+        folder: Where the results are.
+        log: The Trainer's log lines, in order.
+        evaluation: None if the recipe asks for none.
+    """
+
+    folder: Path
+    log: list[dict[str, Any]]
+    evaluation: Evaluation | None
+
+
+def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Run:
+    """Fine-tune a model, or train a new one, as a recipe of kind finetune says.
+
+    Raises:
+        UserError: recipe, data, model or folder cannot be used; before weights are loaded.
+    """
+    if recipe.kind != "finetune":
+        raise UserError(f"{recipe.name} is a recipe to unlearn: use `unlearn train`.")
+    _check_folder(recipe, resume, overwrite)
+    suite = _suite(recipe)
+    data = recipe.data
+    pairs = [pair for source in data.train for pair in _pairs(source, data)]
+    if recipe.model.new is not None:
+        texts = [part for s in data.tokenizer_rows or data.train for part in _texts(s, data)]
+        tokenizer: Any = new_tokenizer(texts, recipe.model.new.vocabulary)
+    else:
+        tokenizer = load_tokenizer(recipe.model)
+    encoder = _encoder(tokenizer, data)
+    _check_encodes(encoder, pairs, "the training rows")
+    args = recipe.arguments()
+    if resume:
+        args.resume_from_checkpoint = get_last_checkpoint(str(recipe.output_dir))
+    _write_recipe(recipe, resume)
+    if recipe.model.new is not None:
+        model = new_model(recipe.model.new, tokenizer, seed=args.seed)
+    else:
+        model = load_model(recipe.model)
+    kept = _Kept(model)
+    trainer = finetune(model, tokenizer, pairs, encoder, args)
+    return _finish(trainer, recipe, kept, suite, encoder)
+
+
+def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Run:
+    """Unlearn as a recipe says, and evaluate if it asks for that.
+
+    Args:
+        resume: Go on from the last checkpoint in the folder; the recipe must be the same.
+        overwrite: Replace the results of an earlier run in the folder.
+
+    Raises:
+        UserError: recipe, data, model or folder cannot be used; before weights are loaded.
+        NonFiniteError: the run diverged; weights and checkpoints are of the last good step.
+    """
+    if recipe.kind != "unlearn":
+        raise UserError(f"{recipe.name} is a recipe to fine-tune: use `unlearn finetune`.")
+    _check_folder(recipe, resume, overwrite)
+    suite = _suite(recipe)
+    refusals = read_refusals(recipe.data.refusals)
+    forget, retain = forget_and_retain(recipe.data)
+    check_disjoint(forget, retain, recipe.data.allow_overlap)
+    tokenizer = load_tokenizer(recipe.model)
+    encoder = _encoder(tokenizer, recipe.data)
+    _check_encodes(encoder, forget, "the forget set")
+    _check_encodes(encoder, retain, "the retain set")
+    args: Any = recipe.arguments()
+    _write_recipe(recipe, resume)
+    model = load_model(recipe.model)
+    kept = _Kept(model)
+    trainer = UnlearnTrainer(
+        model,
+        args,
+        forget_dataset=forget,
+        retain_dataset=retain,
+        processing_class=tokenizer,
+        encoder=encoder,
+        refusals=refusals,
+        evaluate_model=None
+        if suite is None
+        else lambda current: evaluate(suite, current, encoder).values,
+    )
+    trainer.train(resume_from_checkpoint=resume or None)
+    return _finish(trainer, recipe, kept, suite, encoder)
+
+
+def run_evaluate(
+    model: ModelSettings,
+    suite: Suite,
+    data: DataSettings,
+    output_dir: Path | None,
+    *,
+    reference: str | Path | None = None,
+) -> Evaluation:
+    """Evaluate a model from a folder or the hub.
+
+    Args:
+        data: Of which template, max_length and truncate are read.
+        output_dir: For records.jsonl and scores.json; None: nothing is written.
+        reference: records.jsonl of a model that never saw the forget set.
+    """
+    if reference is not None:
+        read_records(reference)
+    encoder = _encoder(load_tokenizer(model), data)
+    state = PartialState()
+    loaded: nn.Module = load_model(model).to(state.device).eval()
+    return evaluate(suite, loaded, encoder, output_dir, reference_records=reference)
+
+
+def forget_and_retain(data: DataSettings) -> tuple[list[QA], list[QA]]:
+    """Load both sides of the data of a recipe to unlearn."""
+    assert data.forget is not None and data.retain is not None  # checked by Recipe
+    if data.task_id is None:
+        return _pairs(data.forget, data), _pairs(data.retain, data)
+    rows = load_rows(data.forget, folder=data.folder, seed=data.seed)
+    chosen, others = split_tasks(rows, str(data.task_id), data.forget)
+    columns = (data.question_column, data.answer_column)
+    other_pairs = to_pairs(others, data.forget, *columns) if others else []
+    return (
+        to_pairs(chosen, data.forget, *columns),
+        [*_pairs(data.retain, data), *other_pairs],
+    )
+
+
+class _Kept:
+    """What training changes in a model and must be put back before it is saved."""
+
+    def __init__(self, model: Any) -> None:
+        self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        self.use_cache = getattr(model.config, "use_cache", None)
+
+    def restore(self, model: Any) -> None:
+        """Go back to the dtype that the weights were loaded in; switch the cache on again."""
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in self.dtypes and parameter.dtype != self.dtypes[name]:
+                    parameter.data = parameter.data.to(self.dtypes[name])
+        if self.use_cache is not None:
+            model.config.use_cache = self.use_cache
+
+
+def _finish(
+    trainer: Trainer, recipe: Recipe, kept: _Kept, suite: Suite | None, encoder: Encoder
+) -> Run:
+    """Save model, tokenizer and log; evaluate."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    folder = recipe.output_dir
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if sharded:  # weights are spread over the ranks: the Trainer gathers them, as they are
+        trainer.save_model(str(folder))
+        if trainer.is_world_process_zero():
+            # A pickle, and of no use to who loads the model.
+            (folder / "training_args.bin").unlink(missing_ok=True)
+    else:
+        kept.restore(model)
+        if trainer.is_world_process_zero():
+            model.save_pretrained(folder)
+            encoder.tokenizer.save_pretrained(folder)
+    trainer.save_state()
+    evaluation = None
+    if suite is not None and sharded:
+        raise UserError(
+            f"The model is saved in {folder}, but not evaluated: its weights are spread over the "
+            "ranks. Run `unlearn eval` on the folder."
+        )
+    if suite is not None:
+        assert recipe.evaluate is not None
+        trainer.optimizer = trainer.lr_scheduler = None  # their memory is needed now
+        model.zero_grad(set_to_none=True)
+        model.eval()
+        evaluation = evaluate(
+            suite,
+            model,
+            encoder,
+            folder / EVALUATION,
+            reference_records=recipe.evaluate.reference,
+        )
+    return Run(folder, trainer.state.log_history, evaluation)
+
+
+def _check_folder(recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    """Refuse to mix two runs in one folder. Every rank looks before the first one writes."""
+    folder = recipe.output_dir
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"train.output_dir: {folder} is a file.")
+    if resume:
+        if not folder.is_dir() or get_last_checkpoint(str(folder)) is None:
+            raise UserError(f"{folder} holds no checkpoint to resume from.")
+        _check_same(recipe, folder / RECIPE_FILE)
+    elif recipe.model.path and folder.resolve() == Path(recipe.model.path).expanduser().resolve():
+        raise UserError(f"train.output_dir and model.path are the same folder, {folder}.")
+    elif folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise UserError(
+                f"{folder} is not empty. Give --resume to go on with that run, --overwrite to "
+                "replace it, or another train.output_dir."
+            )
+        if not (folder / RECIPE_FILE).is_file():
+            raise UserError(
+                f"{folder} holds no {RECIPE_FILE}, so it is no earlier run; nothing is overwritten."
+            )
+
+
+def _check_same(recipe: Recipe, path: Path) -> None:
+    """Refuse to resume a run with other settings."""
+    before = Recipe.load(path)
+    for section in ("model", "data", "train"):
+        ours, theirs = recipe.document[section], before.document[section]
+        for key in {**theirs, **ours}:
+            if ours.get(key) != theirs.get(key):
+                raise UserError(
+                    f"{path.parent} was begun with {section}.{key}={theirs.get(key)!r}, now it is "
+                    f"{ours.get(key)!r}. Resume with the same recipe, or start anew."
+                )
+
+
+def _write_recipe(recipe: Recipe, resume: bool) -> None:
+    """Write the resolved recipe, after what an overwritten run left there is removed."""
+    state = PartialState()
+    state.wait_for_everyone()  # no rank may find our file while it looks for an earlier run's
+    folder = recipe.output_dir
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            _remove_results(folder)
+        write_whole(folder / RECIPE_FILE, recipe.to_yaml())
+    state.wait_for_everyone()
+
+
+def _remove_results(folder: Path) -> None:
+    """Remove what an earlier run left and this one might not replace; nothing that is not ours."""
+    for pattern in LEFT_BY_RUNS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _suite(recipe: Recipe) -> Suite | None:
+    if recipe.evaluate is None:
+        return None
+    if recipe.data.task_id is not None:
+        raise UserError(
+            f"data.task_id is {recipe.data.task_id!r}, but a suite knows the official splits only "
+            "(task 1). Set evaluate=null."
+        )
+    if recipe.evaluate.reference is not None:
+        read_records(recipe.evaluate.reference)
+    return recipe.suite()
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> Encoder:
+    return Encoder(tokenizer, data.template, data.max_length, data.truncate)
+
+
+def _check_encodes(encoder: Encoder, pairs: Sequence[QA], where: str) -> None:
+    try:
+        encoder.pairs([pair.question for pair in pairs], [pair.answer for pair in pairs])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _pairs(source: str, data: DataSettings) -> list[QA]:
+    rows = load_rows(source, folder=data.folder, seed=data.seed)
+    return to_pairs(rows, source, data.question_column, data.answer_column)
+
+
+def _texts(source: str, data: DataSettings) -> list[str]:
+    return [text for pair in _pairs(source, data) for text in pair]

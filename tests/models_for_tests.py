@@ -3,6 +3,7 @@
 from functools import cache
 
 import torch
+from transformers import TrainerCallback
 
 from unlearn_llm import synthetic
 from unlearn_llm.config import UnlearnConfig
@@ -11,6 +12,7 @@ from unlearn_llm.models import LoraSettings, NewModel, add_lora, new_model, new_
 from unlearn_llm.rows import QA, to_pairs
 from unlearn_llm.trainer import UnlearnTrainer
 
+SAVING = {"save_strategy": "steps", "save_steps": 2}
 REFUSALS = ["I don't know.", "I cannot say anything about that.", "That is beyond me, sorry."]
 
 
@@ -87,3 +89,31 @@ def weights(model) -> torch.Tensor:
 def history(trainer, key: str) -> list[float]:
     """What was logged under a key, in order."""
     return [line[key] for line in trainer.state.log_history if key in line]
+
+
+def trained(output_dir, model=None, **settings):
+    """The trainer of `make_trainer` after training."""
+    trainer = make_trainer(output_dir, model, **settings)
+    trainer.train()
+    return trainer
+
+
+def rows_drawn(trainer):
+    """The draws of the whole run, in order."""
+    return [draw for batch in trainer.get_train_dataloader().batch_sampler for draw in batch]
+
+
+class EveryStep(TrainerCallback):
+    """Calls a function at every event of the Trainer, with the event's name."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.function("before", state, kwargs)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.function("after", state, kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.function("end", state, kwargs)

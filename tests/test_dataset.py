@@ -102,9 +102,7 @@ def test_row_zero_is_a_row():
 
 def test_padding_is_on_the_right_up_to_a_multiple():
     collator = Collator(pad_id=9, multiple=4)
-    sequences = collator.sequences(
-        [(11, Encoded([1, 2, 3, 4, 5], 2)), (12, Encoded([6, 7, 8], 1))]
-    )
+    sequences = collator.sequences([(11, Encoded([1, 2, 3, 4, 5], 2)), (12, Encoded([6, 7, 8], 1))])
     ids = [[1, 2, 3, 4, 5, 9, 9, 9], [6, 7, 8, 9, 9, 9, 9, 9]]
     labels = [[-100, -100, 3, 4, 5, -100, -100, -100], [-100, 7, 8, *[-100] * 5]]
     assert sequences["input_ids"].tolist() == ids

@@ -164,7 +164,7 @@ def test_a_chat_template_that_does_not_close_the_turn_gets_an_end_token(chat_tok
 
 
 def test_chat_without_a_chat_template_tells_what_to_write_instead(tokenizer):
-    with pytest.raises(UserError, match="this one has none.*llama2"):
+    with pytest.raises(UserError, match=r"this one has none.*llama2"):
         Encoder(tokenizer, "chat")
 
 
@@ -250,9 +250,7 @@ def sentencepiece_like(texts):
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     specials = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1500, special_tokens=specials, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=1500, special_tokens=specials, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
@@ -283,9 +281,7 @@ def tofu_labels(tokenizer, tags, question, answer, max_length=500):
     return labels
 
 
-@pytest.mark.parametrize(
-    ("template", "make"), [("llama2", sentencepiece_like), ("phi", gpt2_like)]
-)
+@pytest.mark.parametrize(("template", "make"), [("llama2", sentencepiece_like), ("phi", gpt2_like)])
 def test_labels_of_tofu_are_those_of_tofus_own_code(shared, template, make):
     rows = load_rows("tofu/forget10", folder=str(shared / "data/tofu/official"))
     questions, answers = zip(*to_pairs(rows, "forget10"), strict=True)

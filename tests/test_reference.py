@@ -225,7 +225,7 @@ def test_auto_copies_when_the_base_trains_beside_the_adapter(tmp_path):
 
 def test_a_continued_adapter_is_refused_as_reference(tmp_path):
     model = train_adapter_a_little(tiny_model(lora=True))
-    with pytest.raises(UserError, match="needs a fresh LoRA adapter.*Use reference: frozen"):
+    with pytest.raises(UserError, match=r"needs a fresh LoRA adapter.*Use reference: frozen"):
         chosen(tmp_path, model, objective="npo+gd", reference="adapter")
 
 
@@ -235,7 +235,7 @@ def test_a_model_without_adapter_is_refused_as_its_own_reference(tmp_path):
 
 
 def test_precomputed_is_refused_for_whole_distributions(tmp_path):
-    with pytest.raises(UserError, match="whole distributions.*Use reference: auto"):
+    with pytest.raises(UserError, match=r"whole distributions.*Use reference: auto"):
         chosen(tmp_path, tiny_model(), objective="npo+kl", reference="precomputed")
 
 
@@ -264,4 +264,6 @@ def test_on_resume_the_reference_is_the_model_at_the_start(tmp_path, objective):
     at_start = score(tiny_model(), batch)["original"].logp
     after_three = resumed.reference("forget", batch, "answer")["original"].logp
     torch.testing.assert_close(after_three, at_start)
-    torch.testing.assert_close(first.reference("forget", batch, "answer")["original"].logp, at_start)
+    torch.testing.assert_close(
+        first.reference("forget", batch, "answer")["original"].logp, at_start
+    )

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from unlearn_llm.config import UnlearnConfig
+from unlearn_llm.dataset import read_refusals
 from unlearn_llm.encode import Encoder
 from unlearn_llm.evaluation.evaluate import Evaluation, evaluate
 from unlearn_llm.evaluation.records import Record, write_json
@@ -26,7 +27,7 @@ from unlearn_llm.rows import QA, load_rows, to_pairs
 from unlearn_llm.trainer import UnlearnTrainer
 
 OBJECTIVE = "idk+gd"
-NEW = NewModel(family="llama", hidden_size=128, layers=4, heads=4, vocabulary=1000, context=128)
+NEW = NewModel(family="llama", hidden_size=128, layers=4, heads=4, vocabulary=1200, context=128)
 SCORES = ("UFE", "TFE", "MU18", "OVR", "forget_quality")
 """Shown in the table; a score made with a proxy has a longer name."""
 
@@ -63,7 +64,9 @@ def run_demo(output: Path, as_json: bool = False) -> dict[str, Any]:
     logging.set_verbosity_error()
     torch.manual_seed(0)
     pairs = {name: _pairs(name) for name in ("full", "forget10", "retain90")}
-    tokenizer = new_tokenizer([text for pair in pairs["full"] for text in pair], NEW.vocabulary)
+    # A model that people use knows how to refuse; this one at least has the words.
+    texts = [text for pair in pairs["full"] for text in pair] + read_refusals()
+    tokenizer = new_tokenizer(texts, NEW.vocabulary)
     encoder = Encoder(tokenizer, "plain", max_length=NEW.context)
 
     demo.console.print(
@@ -118,9 +121,9 @@ def _learn(
         use_cpu=True,
     )
     trainer = finetune(new_model(NEW, tokenizer), tokenizer, pairs, encoder, args)
-    trainer.save_model()
-    assert isinstance(trainer.model, PreTrainedModel)
-    return trainer.model
+    model: Any = trainer.model
+    _save(demo, model, tokenizer, name)
+    return model
 
 
 def _forget(
@@ -154,7 +157,13 @@ def _forget(
         encoder=encoder,
     )
     trainer.train()
-    trainer.save_model()
+    _save(demo, model, tokenizer, name)
+
+
+def _save(demo: Demo, model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    # Not Trainer.save_model, which adds its arguments as a pickle.
+    model.save_pretrained(demo.output / name)
+    tokenizer.save_pretrained(demo.output / name)
 
 
 def _ask(demo: Demo, name: str, model: PreTrainedModel, encoder: Encoder) -> None:

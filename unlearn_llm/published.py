@@ -34,10 +34,9 @@ def compare(published: Sequence[Published], scores: Mapping[str, Score]) -> list
     """
     found = []
     for row in published:
-        ours = {name: _value(scores, OURS[name], row.scale) for name in row.scores if name in OURS}
-        if "Avg" in row.scores:
-            parts = [ours.get("MC"), ours.get("FE")]
-            ours["Avg"] = None if None in parts else sum(p for p in parts if p is not None) / 2
+        ours = {name: _value(scores, of_suite, row.scale) for name, of_suite in OURS.items()}
+        parts = [value for value in (ours["MC"], ours["FE"]) if value is not None]
+        ours["Avg"] = sum(parts) / 2 if len(parts) == 2 else None
         for name, expected in row.scores.items():
             value, tolerance = ours.get(name), row.tolerance.get(name)
             reached = None

@@ -136,14 +136,14 @@ class Recipe:
             if key not in SECTIONS:
                 near = did_you_mean(key, SECTIONS)
                 raise place.error(key, f"unknown section.{near} Known: {', '.join(SECTIONS)}.")
-        kind = document.get("kind", "unlearn")
+        kind = document.setdefault("kind", "unlearn")
         check_name(kind, get_args(Kind), "kind", place)
         sections: dict[str, Any] = {
             "model": ModelSettings,
             "data": DataSettings,
             "train": UnlearnConfig if kind == "unlearn" else FinetuneConfig,
         }
-        if document.get("evaluate") is not None:
+        if document.setdefault("evaluate", None) is not None:
             sections["evaluate"] = EvaluateSettings
         for section, settings in sections.items():
             check_section(settings, document.setdefault(section, {}), section, place)
@@ -229,7 +229,7 @@ class Recipe:
         Args:
             file: Where it will stand, for the command in the header.
         """
-        return header(self, file) + dump_yaml({key: self.document.get(key) for key in SECTIONS})
+        return header(self, file) + dump_yaml({key: self.document[key] for key in SECTIONS})
 
     def setting(self, name: str) -> Any:
         """Give a setting of UnlearnConfig: the recipe's, or the default of the field."""

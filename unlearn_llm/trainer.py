@@ -219,7 +219,7 @@ class UnlearnTrainer(Trainer):
                 total = total + self._weight(role) * share
         # The Trainer divides by the accumulation steps and DDP averages over ranks; the shares
         # are complete already.
-        return total * ranks * accumulation
+        return total * ranks
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         """Stop before the optimiser steps if the loss or the gradient is not finite."""

@@ -1,10 +1,12 @@
 """A suite from end to end: a tiny random model, three rows per probe, files on disk."""
 
+import io
 import json
 import math
 
 import pytest
 from models_for_tests import small_tokenizer, tiny_model
+from rich.console import Console
 
 from unlearn_llm.encode import Encoder
 from unlearn_llm.errors import UserError
@@ -218,6 +220,12 @@ def test_the_table_shows_models_in_rows_and_scores_in_columns(first):
     made = table({"ours": first.details, "theirs": first.details}, ["MU9", "forget/rouge"])
     assert made.row_count == 2
     assert [column.header for column in made.columns] == ["model", "MU9", "forget/rouge"]
+
+
+def test_a_narrow_table_cuts_no_name(first):
+    console = Console(width=40, record=True, file=io.StringIO())
+    console.print(table({"ours": first.details}, ["UFE_proxy", "TFE_proxy", "MU18_proxy", "MU9"]))
+    assert "…" not in console.export_text()
 
 
 def test_scores_are_written_as_the_papers_write_them():

@@ -10,7 +10,7 @@ from unlearn_llm.evaluation import options
 from unlearn_llm.evaluation.aggregates import AGGREGATES
 from unlearn_llm.evaluation.metrics import METRICS
 from unlearn_llm.evaluation.samples import closer_look_order, samples_of
-from unlearn_llm.evaluation.suite import Suite, suites
+from unlearn_llm.evaluation.suite import JUDGES, Suite, suites
 from unlearn_llm.rows import read_file
 
 SMALL = """
@@ -170,6 +170,12 @@ def test_scores_of_proxies_say_so_in_their_names(load):
     assert suite.with_proxies() == suite
 
 
+def test_a_kind_that_is_not_listed_keeps_its_judge(load):
+    suite = load(proxies=["entailment"]).with_proxies()
+    assert suite.probes["forget"].metrics == ["probability", "similarity"]
+    assert suite.scores["UFE_proxy"].options == {"entailment": "entailment_from_generation_proxy"}
+
+
 def test_without_proxies_nothing_is_renamed(load):
     suite = load()
     assert suite.with_proxies() == suite
@@ -179,7 +185,7 @@ def test_every_metric_with_a_judge_has_a_proxy():
     needy = [name for name in METRICS if METRICS[name].judge]
     assert needy
     for name in needy:
-        assert METRICS[options.proxy_of(name)].judge is None
+        assert METRICS[options.proxy_of(name, JUDGES)].judge is None
 
 
 def test_a_composite_names_the_metrics_inside_it():
@@ -191,7 +197,7 @@ def test_a_composite_names_the_metrics_inside_it():
 
 def test_proxies_reach_the_members_of_a_harmonic_mean():
     members = [{"probe": "p", "metric": "similarity"}, {"probe": "p", "metric": "rouge"}]
-    replaced = options.with_proxies("hmean", {"members": members})["members"]
+    replaced = options.with_proxies("hmean", {"members": members}, JUDGES)["members"]
     assert [member["metric"] for member in replaced] == ["similarity_proxy", "rouge"]
 
 

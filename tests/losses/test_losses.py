@@ -5,12 +5,11 @@ code with the package.
 """
 
 import math
-import sys
 
 import pytest
 import torch
 
-import unlearn_llm.losses
+import unlearn_llm.losses  # noqa: F401  registers the names
 from unlearn_llm.errors import UserError
 from unlearn_llm.objective import FORGET_LOSSES, RETAIN_LOSSES, Objective
 from unlearn_llm.scoring import ChunkedDistribution
@@ -20,11 +19,11 @@ VOCABULARY = 7
 # Per sequence: the label at every position, -100 where no loss is taken. Unequal lengths, with
 # padding at the end (attention 0) and an end token that is scored.
 LABELS = {
-    "original": [[-100, -100, 3, 1, 6, 2], [-100, 5, 2, -100, -100, -100], [-100, -100, -100, 4, 2]],
+    "original": [[-100, -100, 3, 1, 6, 2], [-100, 5, 2, -100, -100], [-100, -100, -100, 4, 2]],
     "idk": [[-100, -100, 1, 2], [-100, 6, 0, 4, 2], [-100, -100, -100, 2]],
 }  # fmt: skip
 ATTENTION = {
-    "original": [[1] * 6, [1, 1, 1, 0, 0, 0], [1] * 5],
+    "original": [[1] * 6, [1, 1, 1, 0, 0], [1] * 5],
     "idk": [[1] * 4, [1] * 5, [1, 1, 1, 1]],
 }
 WIDTH = 6
@@ -37,8 +36,7 @@ def padded(rows, fill):
 def random_logits(seed, scale=2.0):
     generator = torch.Generator().manual_seed(seed)
     return {
-        answer: scale
-        * torch.randn(3, WIDTH, VOCABULARY, generator=generator, dtype=torch.float64)
+        answer: scale * torch.randn(3, WIDTH, VOCABULARY, generator=generator, dtype=torch.float64)
         for answer in LABELS
     }
 
@@ -320,83 +318,3 @@ def test_names_are_exact_so_simnpo_is_not_npo():
     for name in ("NPO+gd", "npo +gd", "n+gd"):
         with pytest.raises(UserError, match="Unknown forget loss"):
             Objective.parse(name)
-
-
-def test_an_objective_keeps_its_name_its_parameters_and_its_weights():
-    objective = Objective.parse(
-        "dpo+ap", forget={"beta": 0.2}, retain={"beta": 0.3}, forget_weight=0.5, retain_weight=2.0
-    )
-    assert objective.name == "dpo+ap"
-    assert objective.forget.parameters == {"beta": 0.2}
-    assert objective.retain.parameters == {"beta": 0.3}
-    assert (objective.forget_weight, objective.retain_weight) == (0.5, 2.0)
-
-
-def test_binding_leaves_the_registered_loss_alone():
-    FORGET_LOSSES["npo"].bind({"beta": 9.0})
-    assert FORGET_LOSSES["npo"].parameters == {}
-
-
-def test_parameters_bound_twice_add_up():
-    loss = FORGET_LOSSES["simnpo"].bind({"beta": 4.5}).bind({"delta": 1.0})
-    assert loss.parameters == {"beta": 4.5, "delta": 1.0}
-
-
-def test_an_unknown_parameter_is_answered_with_the_nearest():
-    with pytest.raises(UserError, match="'npo' has no parameter 'bta'. Did you mean 'beta'"):
-        Objective.parse("npo+gd", forget={"bta": 0.1})
-    with pytest.raises(UserError, match="'gd' has no parameter 'beta'. It has none"):
-        Objective.parse("npo+gd", retain={"beta": 0.1})
-
-
-def test_scored_sequences_are_no_parameter():
-    with pytest.raises(UserError, match="no parameter 'policy'"):
-        Objective.parse("npo+gd", forget={"policy": 0.1})
-
-
-def test_an_unknown_loss_is_answered_with_the_nearest():
-    with pytest.raises(UserError, match="Unknown forget loss 'simpno'. Did you mean 'simnpo'"):
-        Objective.parse("simpno+gd")
-    with pytest.raises(UserError, match="Unknown retain loss 'npo'"):
-        Objective.parse("npo+npo")
-
-
-def test_an_objective_without_a_plus_sign_is_refused():
-    with pytest.raises(UserError, match=r"expected 'forget\+retain'.*got 'npo'"):
-        Objective.parse("npo")
-
-
-USERS_FILE = """
-from unlearn_llm.objective import forget_loss
-
-@forget_loss("half_ascent_of_{module}", kind="untargeted", per="sequence")
-def half_ascent(policy, *, share=0.5):
-    return share * policy["original"].logp
-"""
-
-
-def test_a_loss_may_come_from_a_users_file(tmp_path, monkeypatch):
-    (tmp_path / "my_losses_a.py").write_text(USERS_FILE.format(module="a"))
-    monkeypatch.syspath_prepend(tmp_path)
-    objective = Objective.parse("my_losses_a:half_ascent+gd", forget={"share": 0.25})
-    logits = random_logits(1)
-    value = float(reduced(objective.forget, logits, logits))
-    assert value == pytest.approx(float(-0.25 * nlls(logits, "original")[0].mean()), rel=1e-6)
-    FORGET_LOSSES._entries.pop("half_ascent_of_a")
-    del sys.modules["my_losses_a"]
-
-
-@pytest.mark.parametrize("name", ["no_such_module:loss+gd", "unlearn_llm.losses.forget:gone+gd"])
-def test_a_users_loss_that_cannot_be_loaded_is_an_answer(name):
-    with pytest.raises(UserError, match="Cannot load the forget loss"):
-        Objective.parse(name)
-
-
-def test_a_users_thing_that_is_no_loss_is_an_answer():
-    with pytest.raises(UserError, match="is no forget loss"):
-        Objective.parse("math:sqrt+gd")
-
-
-def test_a_taken_name_is_not_replaced():
-    with pytest.raises(ValueError, match="forget loss 'ga' exists already"):
-        FORGET_LOSSES.add("ga", unlearn_llm.losses.forget.ga)

@@ -1,7 +1,7 @@
 """The options of aggregates: which there are, which metrics they name, which proxies exist."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from unlearn_llm.evaluation.aggregates import AGGREGATES
@@ -28,28 +28,30 @@ def metrics_of(aggregate: str, options: Mapping[str, Any]) -> set[str]:
     return set(own).union(*nested)
 
 
-def with_proxies(aggregate: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the options with every metric that needs a judge replaced by its proxy."""
+def with_proxies(
+    aggregate: str, options: Mapping[str, Any], kinds: Collection[str]
+) -> dict[str, Any]:
+    """Give the options with every metric that needs a judge of these kinds replaced by its proxy."""
     replaced = dict(options)
     for option, metric in _metric_options(aggregate, options):
-        if proxy_of(metric) != metric:
-            replaced[option] = proxy_of(metric)
+        if proxy_of(metric, kinds) != metric:
+            replaced[option] = proxy_of(metric, kinds)
     for option, part, given in _parts(aggregate, options):
-        of_part = with_proxies(part, given)
+        of_part = with_proxies(part, given, kinds)
         if option != "members" and of_part != given:
             replaced[option] = of_part
     if "members" in options:
         replaced["members"] = [
-            {**member, **with_proxies(_aggregate_of(member), _given(member))}
+            {**member, **with_proxies(_aggregate_of(member), _given(member), kinds)}
             for member in options["members"]
         ]
     return replaced
 
 
-def proxy_of(metric: str) -> str:
-    """Name the proxy of a metric that needs a judge; other metrics are their own."""
-    needs_judge = METRICS[metric].judge is not None
-    return f"{metric}{PROXY}" if needs_judge and f"{metric}{PROXY}" in METRICS else metric
+def proxy_of(metric: str, kinds: Collection[str]) -> str:
+    """Name the proxy of a metric that needs a judge of these kinds; others are their own."""
+    missing = METRICS[metric].judge in kinds
+    return f"{metric}{PROXY}" if missing and f"{metric}{PROXY}" in METRICS else metric
 
 
 def _metric_options(aggregate: str, options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

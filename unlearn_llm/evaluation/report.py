@@ -72,7 +72,8 @@ def table(
     rows = side_by_side(evaluations, names)
     made = Table("model", title=title)
     for name in next(iter(rows.values()), {}):
-        made.add_column(name, justify="right")
+        # Folded, not cut: a name that loses its "_proxy" would pass for the published score.
+        made.add_column(name, justify="right", overflow="fold")
     for model, scores in rows.items():
         made.add_row(model, *(score["text"] for score in scores.values()))
     return made

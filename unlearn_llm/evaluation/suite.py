@@ -5,7 +5,7 @@ A suite is a YAML file in `eval/`. Running one is evaluate.py's business.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -16,6 +16,10 @@ from unlearn_llm.evaluation.strict import validated
 from unlearn_llm.registry import did_you_mean
 from unlearn_llm.resources import EVAL
 from unlearn_llm.yaml_text import parse_yaml
+
+
+JudgeKind = Literal["entailment", "similarity"]
+JUDGES: tuple[JudgeKind, ...] = get_args(JudgeKind)
 
 
 class Strict(BaseModel):
@@ -85,11 +89,12 @@ class Suite(Strict):
     """Most tokens of prompt and generation together (TOFU's code: 200); None: no such limit."""
     reference: str | None = None
     """records.jsonl of a model that never saw the forget set, for forget quality."""
-    judges: dict[Literal["entailment", "similarity"], str | None] = Field(default_factory=dict)
+    judges: dict[JudgeKind, str | None] = Field(default_factory=dict)
     """Models that read texts, on the hub or in a folder. None or absent: not measured."""
-    proxies: bool = False
-    """Take the metrics that count words in place of those that need a judge. All scores made of
-    them are named `..._proxy`: they are NOT comparable with published numbers."""
+    proxies: bool | list[JudgeKind] = False
+    """Take metrics that count words in place of those that need a judge: of every kind (true), or
+    of the kinds listed. All scores made of them are named `..._proxy`: they are NOT comparable
+    with published numbers."""
     probes: dict[str, Probe]
     scores: dict[str, ScoreOf]
 
@@ -107,15 +112,16 @@ class Suite(Strict):
         """Give the suite with its proxies put in place and `_proxy` in the names, if it has any."""
         if not self.proxies:
             return self
+        kinds = JUDGES if self.proxies is True else self.proxies
         probes = {
             name: probe.model_copy(
-                update={"metrics": [aggregate_options.proxy_of(m) for m in probe.metrics]}
+                update={"metrics": [aggregate_options.proxy_of(m, kinds) for m in probe.metrics]}
             )
             for name, probe in self.probes.items()
         }
         scores = {}
         for name, score in self.scores.items():
-            replaced = aggregate_options.with_proxies(score.aggregate, score.options)
+            replaced = aggregate_options.with_proxies(score.aggregate, score.options, kinds)
             changed = replaced != score.options
             scores[f"{name}_proxy" if changed else name] = score.model_copy(
                 update={"options": replaced}

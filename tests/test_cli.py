@@ -1,0 +1,241 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unlearn_llm import cli, recipe_files
+
+# A model small enough that making it, unlearning and measuring take seconds.
+TARGET = """
+kind: finetune
+model: {new: {family: llama, hidden_size: 16, layers: 1, heads: 2, vocabulary: 300, context: 128}}
+data: {train: [synthetic/forget05], template: plain, max_length: 128}
+train: {output_dir: target, max_steps: 2, use_cpu: true, learning_rate: 1e-3}
+"""
+UNLEARN = """
+model: {path: target}
+data: {forget: synthetic/forget05, retain: synthetic/retain_perturbed, template: plain,
+       max_length: 128}
+train: {output_dir: unlearned, objective: ga+gd, max_steps: 2, per_device_train_batch_size: 2,
+        schedule_parameters: {forget: 1, retain: 1}, use_cpu: true, save_steps: 1,
+        learning_rate: 1e-3, optimizer: dual_adamw}
+evaluate: {suite: synthetic, overrides: {limit: 2, max_new_tokens: 4}}
+published: [{source: nobody, scores: {MU: 50.0}, tolerance: {MU: 60.0}}]
+"""
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def unlearn(capsys, monkeypatch):
+    def run(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["unlearn", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        out, err = capsys.readouterr()
+        return Result(code, out, err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "make_target.yaml").write_text(TARGET)
+    (folder / "forget.yaml").write_text(UNLEARN)
+    return folder
+
+
+@pytest.fixture
+def target(work, unlearn, monkeypatch) -> Path:
+    """Stand in the work folder, with a target model in it."""
+    monkeypatch.chdir(work)
+    if not (work / "target").exists():
+        made = unlearn("finetune", "make_target.yaml", "--json")
+        assert made.code == 0, made.err
+    return work
+
+
+def refused(result: Result, *words: str) -> None:
+    assert (result.code, result.out) == (2, "")
+    lines = [line for line in result.err.splitlines() if "it/s" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.err
+    for word in words:
+        assert word in lines[0]
+
+
+# Without a model.
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys; sys.argv = ['unlearn', '--help']\n"
+        "from unlearn_llm.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stopped: assert not stopped.code\n"
+        "assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("train", "finetune", "eval", "demo", "list", "show", "copy"):
+        assert f"  {command} " in done.stdout
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "unlearn_llm", "show", "tofu/phi"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: There is no recipe 'tofu/phi'.")
+
+
+def test_list_as_json_has_exactly_the_promised_keys(unlearn):
+    listed = json.loads(unlearn("list", "--json").out)
+    assert list(listed) == [
+        "objectives",
+        "schedules",
+        "combines",
+        "optimizers",
+        "metrics",
+        "suites",
+        "recipes",
+    ]
+    assert list(listed["objectives"]) == ["forget", "retain"]
+    assert {"idk", "me", "dpo", "npo"} <= set(listed["objectives"]["forget"])
+    assert listed["combines"] == ["sum"]
+    assert listed["optimizers"] == ["dual_adamw", "dual_adamw_plus"]
+    assert {"tofu", "synthetic"} <= set(listed["suites"])
+    assert listed["recipes"] == recipe_files.names()
+
+
+def test_list_names_a_matrix_in_one_line(unlearn):
+    lines = unlearn("list").out.splitlines()
+    assert any("tofu/phi-1.5/{forget01|forget05|forget10}/" in line for line in lines)
+    assert any(line.startswith("forget losses") and "idk" in line for line in lines)
+
+
+def test_show_prints_what_copy_writes(unlearn, tmp_path):
+    name = "tofu/llama-2-7b/forget01/me+gd/dual_adamw"
+    shown = unlearn("show", name, "train.seed=3")
+    assert shown.code == 0 and "\n  seed: 3\n" in shown.out
+    file = tmp_path / "mine.yaml"
+    copied = unlearn("copy", name, str(file), "train.seed=3")
+    assert copied.code == 0
+    body = shown.out[shown.out.index("name:") :]
+    assert file.read_text().endswith(body)
+    assert f"train {file}\n" in file.read_text()
+    refused(unlearn("copy", name, str(file)), "exists")
+    refused(unlearn("copy", name, str(tmp_path / "mine.txt")), "ends in .yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "synthetic/unlearnt"], ["Did you mean 'synthetic/unlearn'?"]),
+        (["train", "synthetic/target"], ["use `unlearn finetune`"]),
+        (["finetune", "synthetic/unlearn"], ["use `unlearn train`"]),
+        (["train", "synthetic/unlearn", "--resume", "--overwrite"], ["give one of them"]),
+        (["train", "synthetic/unlearn", "--resume"], ["holds no checkpoint to resume from"]),
+        (["train", "synthetic/unlearn", "train.sed=1"], ["train.sed", "Did you mean 'seed'?"]),
+        (["train", "synthetic/unlearn", "evaluate=null"], ["there is no folder outputs/"]),
+        (
+            ["train", "synthetic/unlearn", "data.forget=synthetic/forgot10", "evaluate=null"],
+            ["forgot10"],
+        ),
+        (["train", "synthetic/unlearn", "data.retain=synthetic/full"], ["There is no file"]),
+        (
+            ["train", "synthetic/unlearn", "data.retain=synthetic/full", "evaluate=null"],
+            ["40 forget rows also stand in the retain set"],
+        ),
+        (["train", "synthetic/unlearn", "data.forget=no.json", "evaluate=null"], ["no.json"]),
+        (["train", "synthetic/unlearn", "train.x=\x1b[31m"], ["train.x"]),
+        (["eval"], ["give models, or --from"]),
+        (["eval", "./nowhere"], ["there is no folder"]),
+        (["eval", "--from", "nowhere.jsonl"], ["There is no file nowhere.jsonl"]),
+        (["eval", "m", "--suite", "tofoo"], ["m"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(unlearn, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    refused(unlearn(*arguments), *words)
+
+
+def test_control_characters_are_escaped(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli._fail("a\x1b[31m\nb", 2)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: a\\x1b[31m\\nb\n"
+
+
+# With a tiny model.
+
+
+def test_finetune_leaves_model_tokenizer_and_recipe_and_no_pickle(target):
+    left = {path.name for path in (target / "target").iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "recipe.yaml", "trainer_state.json"} <= left
+    assert not [name for name in left if name.endswith((".bin", ".pt", ".pth"))]
+    assert json.loads((target / "target" / "config.json").read_text())["use_cache"] is True
+
+
+def test_train_unlearns_saves_and_measures(unlearn, target):
+    done = unlearn("train", "forget.yaml", "--overwrite", "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)  # and nothing else on stdout
+    assert result["folder"] == "unlearned"
+    assert result["scores"]["MU9"]["value"] is not None
+    assert [row["name"] for row in result["published"]] == ["MU"]
+    folder = target / "unlearned"
+    for name in ("model.safetensors", "recipe.yaml", "evaluation/records.jsonl"):
+        assert (folder / name).is_file()
+
+    refused(unlearn("train", "forget.yaml"), "is not empty", "--resume", "--overwrite")
+    resumed = unlearn("train", "forget.yaml", "train.seed=1", "--resume")
+    refused(resumed, "train.seed", "Resume with the same recipe")
+
+    scores = unlearn("eval", "--suite", "synthetic", "--json", "--from", str(folder / "evaluation"))
+    (recomputed,) = json.loads(scores.out).values()
+    assert recomputed["MU9"]["value"] == result["scores"]["MU9"]["value"]
+
+
+def test_eval_takes_the_template_from_the_run(unlearn, target):
+    limits = ["limit=1", "max_new_tokens=2"]
+    done = unlearn("eval", "target", "--suite", "synthetic", *limits, "--json", "--output", "out")
+    assert done.code == 0, done.err
+    assert set(json.loads(done.out)) == {"target"}
+    details = json.loads((target / "out" / "synthetic" / "target" / "scores.json").read_text())
+    assert details["model"]["template"] == "plain"
+    shown = unlearn("eval", "target", "--suite", "synthetic", *limits, "--output", "out")
+    assert "MU9" in shown.out
+
+
+def test_a_run_that_diverges_exits_with_3(unlearn, target):
+    done = unlearn(
+        "train",
+        "forget.yaml",
+        "train.output_dir=diverged",
+        "train.forget_weight=1e39",  # more than float32 holds
+        "evaluate=null",
+    )
+    assert done.code == 3
+    assert "Stopped before the weights changed" in done.err
+
+
+def test_overwrite_spares_what_is_no_run_and_the_model_itself(unlearn, target):
+    (target / "precious").mkdir(exist_ok=True)
+    (target / "precious" / "thesis.txt").write_text("x")
+    command = ["train", "forget.yaml", "--overwrite"]
+    refused(unlearn(*command, "train.output_dir=precious"), "nothing is overwritten")
+    refused(unlearn(*command, "train.output_dir=target"), "the same folder")

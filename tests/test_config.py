@@ -1,0 +1,59 @@
+import pytest
+import torch
+from models_for_tests import (
+    make_trainer,
+    tiny_model,
+)
+
+from unlearn_llm.errors import UserError
+
+
+@pytest.mark.parametrize("optimizer", ["dual_adamw", "dual_adamw_plus"])
+def test_dual_optimisers_are_refused_for_joint_steps(tmp_path, optimizer):
+    with pytest.raises(UserError, match=r"keeps one state per role.*Use schedule: alternate"):
+        make_trainer(tmp_path, optimizer=optimizer, schedule="joint")
+
+
+def test_a_forget_learning_rate_is_refused_for_joint_steps(tmp_path):
+    with pytest.raises(UserError, match="forget_learning_rate needs steps that train one role"):
+        make_trainer(tmp_path, forget_learning_rate=1e-4, schedule="joint")
+
+
+@pytest.mark.parametrize("option", ["split_batches", "dispatch_batches"])
+def test_dealing_out_parts_of_batches_is_refused(tmp_path, option):
+    with pytest.raises(UserError, match="must be off"):
+        make_trainer(tmp_path, accelerator_config={option: True})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"remove_unused_columns": True}, "must be false"),
+        ({"logging_nan_inf_filter": True}, "must be false"),
+        ({"pairing": "same"}, "pairing: expected random or fixed, got 'same'"),
+        ({"averaging": "mean"}, "averaging: expected window or micro_batch"),
+        ({"reference": "copy"}, "reference: expected auto"),
+        ({"schedule": "alternating"}, "Did you mean 'alternate'"),
+        ({"schedule_parameters": {"forgets": 1}}, "schedule_parameters of 'alternate'"),
+        ({"optimizer": "dual_adam"}, "Did you mean 'dual_adamw'"),
+        ({"objective": "idk"}, r"expected 'forget\+retain'"),
+        ({"forget_parameters": {"beta": 1}}, "'idk' has no parameter 'beta'"),
+        ({"max_steps": -1, "schedule_parameters": {"forget": 0, "retain": 1}}, "Set max_steps"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_once(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        make_trainer(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("role", ["forget", "retain"])
+def test_an_empty_data_set_is_refused(tmp_path, role):
+    with pytest.raises(UserError, match=f"the {role} set holds no rows"):
+        make_trainer(tmp_path, **{role: []})
+
+
+def test_a_refused_combination_leaves_the_model_alone(tmp_path):
+    model = tiny_model().to(torch.bfloat16)
+    with pytest.raises(UserError):
+        make_trainer(tmp_path, model, schedule="joint", optimizer="dual_adamw", trainable="mlp")
+    assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.bfloat16, True)}

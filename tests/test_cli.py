@@ -16,7 +16,7 @@ data: {train: [synthetic/forget05], template: plain, max_length: 128}
 train: {output_dir: target, max_steps: 2, use_cpu: true, learning_rate: 1e-3}
 """
 UNLEARN = """
-model: {path: target}
+model: {path: target, dtype: bfloat16}
 data: {forget: synthetic/forget05, retain: synthetic/retain_perturbed, template: plain,
        max_length: 128}
 train: {output_dir: unlearned, objective: ga+gd, max_steps: 2, per_device_train_batch_size: 2,
@@ -200,6 +200,9 @@ def test_train_unlearns_saves_and_measures(unlearn, target):
     folder = target / "unlearned"
     for name in ("model.safetensors", "recipe.yaml", "evaluation/records.jsonl"):
         assert (folder / name).is_file()
+
+    # It trained in float32; what is saved has the dtype it was loaded in.
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
 
     refused(unlearn("train", "forget.yaml"), "is not empty", "--resume", "--overwrite")
     resumed = unlearn("train", "forget.yaml", "train.seed=1", "--resume")

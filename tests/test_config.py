@@ -5,6 +5,7 @@ from models_for_tests import (
     tiny_model,
 )
 
+from unlearn_llm.config import UnlearnConfig
 from unlearn_llm.errors import UserError
 
 
@@ -57,3 +58,14 @@ def test_a_refused_combination_leaves_the_model_alone(tmp_path):
     with pytest.raises(UserError):
         make_trainer(tmp_path, model, schedule="joint", optimizer="dual_adamw", trainable="mlp")
     assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.bfloat16, True)}
+
+
+def test_fp16_is_refused(tmp_path):
+    with pytest.raises(UserError, match="fp16: its loss scaling overflows"):
+        UnlearnConfig(str(tmp_path), fp16=True)
+
+
+def test_a_part_that_trains_in_float32_beside_frozen_bfloat16_needs_autocast(tmp_path):
+    model = tiny_model("llama").to(torch.bfloat16)
+    with pytest.raises(UserError, match="Set bf16: true"):
+        make_trainer(tmp_path, model=model, trainable="layers.0")

@@ -282,5 +282,10 @@ def _is_first_process() -> bool:
 def _fail(message: str, code: int) -> NoReturn:
     """Say what is wrong in one line, control characters escaped."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    print(f"error: {line}", file=sys.stderr)
+    if "tqdm" in sys.modules:  # a bar may stand where the line has to go
+        from tqdm import tqdm
+
+        tqdm.write(f"error: {line}", file=sys.stderr)
+    else:
+        print(f"error: {line}", file=sys.stderr)
     sys.exit(code)

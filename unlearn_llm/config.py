@@ -64,6 +64,11 @@ class UnlearnConfig(TrainingArguments):
             value, allowed = getattr(self, knob.name), get_args(knob.type)
             if get_origin(knob.type) is Literal and value not in allowed:
                 raise UserError(f"{knob.name}: expected {' or '.join(allowed)}, got {value!r}.")
+        if self.fp16:
+            raise UserError(
+                "fp16: its loss scaling overflows by design, and a gradient that is not finite "
+                "stops the run. Use bf16: true, or neither."
+            )
         if self.remove_unused_columns or self.logging_nan_inf_filter:
             raise UserError(
                 "remove_unused_columns and logging_nan_inf_filter must be false: batches are keyed "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -181,11 +182,23 @@ def select_trainable(model: torch.nn.Module, pattern: str | None) -> None:
         parameter.requires_grad_(name in names)
 
 
-def keep_float32_masters(model: torch.nn.Module) -> None:
-    """Keep trainable weights in float32: in bfloat16 an update of 1e-5 is rounded away."""
+def keep_float32_masters(model: torch.nn.Module, autocast: bool) -> None:
+    """Keep trainable weights in float32: in bfloat16 an update of 1e-5 is rounded away.
+
+    Raises:
+        UserError: some weights stay frozen in another dtype and nothing converts between them
+            (autocast does, and peft's adapters do).
+    """
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if len(dtypes) > 1 and not autocast and not isinstance(model, PeftModel):
+        raise UserError(
+            "trainable: the weights that train are kept in float32, the frozen ones are "
+            f"{', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes - {torch.float32}))}."
+            " Set bf16: true, or load the model with dtype: float32."
+        )
 
 
 def _from_pretrained(cls: Any, settings: ModelSettings, **keywords: Any) -> Any:

@@ -19,7 +19,7 @@ from unlearn_llm.dataset import Collator, EncodedRows, RoleDataset, read_refusal
 from unlearn_llm.encode import CHAT, Encoder
 from unlearn_llm.errors import NonFiniteError, UserError
 from unlearn_llm.models import keep_float32_masters, select_trainable
-from unlearn_llm.objective import Loss, Objective
+from unlearn_llm.objective import Loss, Needs, Objective
 from unlearn_llm.optim import OPTIMIZERS, DualAdamW, set_role
 from unlearn_llm.plan import Plan
 from unlearn_llm.progress import RoleLog
@@ -109,7 +109,7 @@ class UnlearnTrainer(Trainer):
             args.max_steps = self.schedule.steps_for(max(1, math.ceil(passes)))
         self._check_combination(args)
         select_trainable(model, args.trainable)
-        keep_float32_masters(model)
+        keep_float32_masters(model, autocast=args.bf16)
         if args.gradient_checkpointing and hasattr(model, "peft_config"):
             # Checkpointed blocks drop gradients when their input needs none, as under LoRA
             # (trap 16; TRL does the same).
@@ -219,7 +219,7 @@ class UnlearnTrainer(Trainer):
                 total = total + self._weight(role) * share
         # The Trainer divides by the accumulation steps and DDP averages over ranks; the shares
         # are complete already.
-        return total * ranks
+        return total * ranks * accumulation
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         """Stop before the optimiser steps if the loss or the gradient is not finite."""
@@ -302,10 +302,17 @@ class UnlearnTrainer(Trainer):
         return self.objective.forget_weight if is_forget else self.objective.retain_weight
 
     def _build_reference(self) -> Reference | None:
-        losses = {role: self._loss(role) for role in ROLES}
+        # Cached log-probabilities are those of answers; other positions need the model itself.
+        needs: dict[Role, Needs] = {
+            role: self._loss(role).reference or "logp"
+            if self._loss(role).positions == "answer"
+            else "distribution"
+            for role in ROLES
+            if self._loss(role).reference
+        }
         return choose_reference(
             self.args.reference,
-            {role: loss.reference for role, loss in losses.items() if loss.reference},
+            needs,
             self.model,
             self.role_rows.rows,
             self.collator,

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from transformers import TrainingArguments
@@ -19,7 +19,6 @@ from unlearn_llm import recipe_files
 from unlearn_llm.config import UnlearnConfig
 from unlearn_llm.encode import CHAT, TEMPLATES
 from unlearn_llm.errors import RecipeError, UserError
-from unlearn_llm.evaluation.suite import Suite
 from unlearn_llm.finetune import FinetuneConfig
 from unlearn_llm.models import ModelSettings
 from unlearn_llm.objective import Objective
@@ -28,6 +27,9 @@ from unlearn_llm.recipe_check import Place, build, check_name, check_section
 from unlearn_llm.registry import did_you_mean
 from unlearn_llm.schedule import SCHEDULES
 from unlearn_llm.yaml_text import dump_yaml
+
+if TYPE_CHECKING:
+    from unlearn_llm.evaluation.suite import Suite
 
 Kind = Literal["unlearn", "finetune"]
 SECTIONS = ("name", "kind", "about", "model", "data", "train", "evaluate", "published")
@@ -201,10 +203,13 @@ class Recipe:
             retain_weight=self.setting("retain_weight"),
         )
 
-    def suite(self) -> Suite | None:
+    def suite(self) -> "Suite | None":
         """Load the suite that the recipe names, with what it takes from the run."""
         if self.evaluate is None:
             return None
+        # Here and not above: metrics take a second to import, and a mistyped key is told without.
+        from unlearn_llm.evaluation.suite import Suite
+
         return Suite.load(
             self.evaluate.suite, **{**self.suite_settings(), **self.evaluate.overrides}
         )

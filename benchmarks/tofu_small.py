@@ -1,6 +1,6 @@
 """The seeds' table on real TOFU text, with a small Llama trained from nothing, on a CPU.
 
-    python benchmarks/tofu_small.py --tofu FOLDER --output FOLDER [--seeds 0 1 2] [--jobs 2] [--json]
+    python benchmarks/tofu_small.py --tofu FOLDER [--output FOLDER] [--seeds 0 1 2] [--jobs 2]
 
 FOLDER holds TOFU's files. Finished runs are kept: the command goes on where it was interrupted.
 """
@@ -55,7 +55,9 @@ def main() -> None:
 
 def _model(folder: Path, data: str) -> None:
     if not (folder / "model.safetensors").is_file():
-        _unlearn_command("finetune", f"tofu/small/{folder.name}", data, f"train.output_dir={folder}")
+        _unlearn_command(
+            "finetune", f"tofu/small/{folder.name}", data, f"train.output_dir={folder}"
+        )
 
 
 def _evaluate(folder: Path, tofu: Path, gold: Path) -> None:

@@ -140,7 +140,10 @@ def demo(
     """Teach a small model, make it forget, show what became of it. No network."""
     from unlearn_llm.demo import run_demo
 
-    run_demo(output, as_json)
+    with _stdout_for_json(as_json):
+        summary = run_demo(output)
+    if as_json:
+        print(json.dumps(summary, allow_nan=False))
 
 
 @app.command("list")

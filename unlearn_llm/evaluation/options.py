@@ -31,7 +31,7 @@ def metrics_of(aggregate: str, options: Mapping[str, Any]) -> set[str]:
 def with_proxies(
     aggregate: str, options: Mapping[str, Any], kinds: Collection[str]
 ) -> dict[str, Any]:
-    """Give the options with every metric that needs a judge of these kinds replaced by its proxy."""
+    """Give the options with proxies in place of the metrics that need a judge of these kinds."""
     replaced = dict(options)
     for option, metric in _metric_options(aggregate, options):
         if proxy_of(metric, kinds) != metric:

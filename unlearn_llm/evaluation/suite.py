@@ -17,7 +17,6 @@ from unlearn_llm.registry import did_you_mean
 from unlearn_llm.resources import EVAL
 from unlearn_llm.yaml_text import parse_yaml
 
-
 JudgeKind = Literal["entailment", "similarity"]
 JUDGES: tuple[JudgeKind, ...] = get_args(JudgeKind)
 

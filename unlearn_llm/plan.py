@@ -16,6 +16,7 @@ class Plan:
     objective: str
     schedule: str
     seed: int
+    refusal_seed: int
     window: int
     micro_batch: int
     forget_rows: int

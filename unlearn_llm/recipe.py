@@ -76,8 +76,8 @@ class EvaluateSettings:
     suite: str = "tofu"
     """A name in eval/, or the path of a .yaml file."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Fields of the suite to replace. split, folder, data_seed, refusals and objective_kind are
-    those of the run unless they stand here."""
+    """Fields of the suite to replace. split, folder, data_seed, refusals, seed and objective_kind
+    are those of the run unless they stand here."""
     reference: str | None = None
     """records.jsonl of a model that never saw the forget set, for forget quality."""
 
@@ -223,6 +223,7 @@ class Recipe:
             found["refusals"] = self.data.refusals
         if self.kind == "unlearn":
             found["objective_kind"] = self.objective().forget.kind
+            found["seed"] = self.setting("refusal_seed")
         source, _, split = (self.data.forget or "").partition("/")
         if source in ("tofu", "synthetic"):
             found["split"] = split

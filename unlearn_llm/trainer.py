@@ -96,7 +96,7 @@ class UnlearnTrainer(Trainer):
                 encoder,
                 self._loss(role).answers,
                 refusals=refusals,
-                seed=args.seed,
+                seed=args.refusal_seed,
             )
             for role, rows in zip(ROLES, (forget_dataset, retain_dataset), strict=True)
         )
@@ -153,7 +153,7 @@ class UnlearnTrainer(Trainer):
             sampler=sampler,
             collate_fn=self.collator,
             num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
+            pin_memory=self.args.dataloader_pin_memory and self.accelerator.device.type != "cpu",
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
@@ -354,6 +354,7 @@ class UnlearnTrainer(Trainer):
             objective=self.objective.name,
             schedule=repr(self.schedule),
             seed=self.args.seed,
+            refusal_seed=self.args.refusal_seed,
             window=self._window_rows,
             micro_batch=self.args.per_device_train_batch_size,
             forget_rows=len(self.role_rows.rows["forget"]),

@@ -97,7 +97,13 @@ def evaluate(
             "model. or data. before it a setting of those sections (data.template=llama2).",
         ),
     ] = None,
-    suite: Annotated[str, typer.Option(help="A name in eval/, or a .yaml file.")] = "tofu",
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="A name in eval/, or a .yaml file. For models: tofu if not given; with --from: "
+            "the suite that made the records."
+        ),
+    ] = None,
     reference: Annotated[
         Path | None, typer.Option(help="records.jsonl of a model that never saw the forget set.")
     ] = None,

@@ -9,6 +9,7 @@ from unlearn_llm import recipe_files
 from unlearn_llm.evaluation.evaluate import recompute
 from unlearn_llm.evaluation.records import SCORES, read_records
 from unlearn_llm.evaluation.report import read_details
+from unlearn_llm.evaluation.strict import validated
 from unlearn_llm.evaluation.suite import Suite
 from unlearn_llm.models import ModelSettings, load_tokenizer
 from unlearn_llm.pipeline import RECIPE_FILE, run_evaluate
@@ -16,13 +17,14 @@ from unlearn_llm.recipe import DataSettings, Recipe
 from unlearn_llm.recipe_check import Place, build, check_section
 
 Details = dict[str, Any]
+DEFAULT_SUITE = "tofu"
 FROM_RUN = ("template", "max_length", "truncate", "folder", "refusals", "seed")
 """Settings of the data that an evaluation takes over from the run that made the model."""
 
 
 def evaluate_models(
     models: Sequence[str],
-    suite: str,
+    suite: str | None,
     overrides: Sequence[str],
     reference: Path | None,
     output: Path,
@@ -35,6 +37,7 @@ def evaluate_models(
     Raises:
         UserError: before the first weights are loaded, if the mistake is in what was given.
     """
+    suite = suite or DEFAULT_SUITE
     prepared = {name: _prepare(name, suite, overrides) for name in dict.fromkeys(models)}
     if reference is not None:
         read_records(reference)
@@ -47,17 +50,24 @@ def evaluate_models(
 
 
 def recompute_records(
-    records: Sequence[Path], suite: str, overrides: Sequence[str], reference: Path | None
+    records: Sequence[Path], suite: str | None, overrides: Sequence[str], reference: Path | None
 ) -> dict[str, Details]:
-    """Make the scores anew from records, without models."""
+    """Make the scores anew from records, without models.
+
+    Without a suite, it is the one in the scores.json beside the records, as it was resolved then.
+    """
     changes: Details = {}
     recipe_files.override(changes, overrides)
-    loaded = Suite.load(suite, **changes)
-    made_of = loaded.with_proxies().scores.values()
     found = {}
     for path in records:
         beside = (path if path.is_dir() else path.parent) / SCORES
-        reasons = read_details(beside).get("not_measured") if beside.is_file() else None
+        details = read_details(beside) if beside.is_file() else {}
+        if suite is not None or "suite" not in details:
+            loaded = Suite.load(suite or DEFAULT_SUITE, **changes)
+        else:
+            loaded = validated(Suite, {**details["suite"], **changes}, str(beside))
+        made_of = loaded.with_proxies().scores.values()
+        reasons = details.get("not_measured")
         scores = recompute(path, loaded, reference_records=reference, not_measured=reasons)
         found[str(path)] = {
             "scores": {

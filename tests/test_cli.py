@@ -242,3 +242,42 @@ def test_overwrite_spares_what_is_no_run_and_the_model_itself(unlearn, target):
     command = ["train", "forget.yaml", "--overwrite"]
     refused(unlearn(*command, "train.output_dir=precious"), "nothing is overwritten")
     refused(unlearn(*command, "train.output_dir=target"), "the same folder")
+
+
+GOOD = {"question": "Who?", "answer": "Nobody."}
+
+
+@pytest.mark.parametrize(
+    ("rows", "overrides", "words"),
+    [
+        ([], [], ["forget.jsonl holds no rows"]),
+        ([{"question": "Who?", "text": "x"}], [], ["question, text", "data.answer_column"]),
+        ([GOOD, {"question": "Who?", "answer": " "}], [], ["answer without tokens (row 1)"]),
+        (
+            [{"question": "Who? " * 200, "answer": "x"}],
+            [],
+            ["question", "longer than max_length=128", "row 0"],
+        ),
+        (
+            [GOOD, {"question": "Who? " * 100, "answer": "x"}],
+            ["data.max_length=2000"],
+            ["more tokens than the model reads, 128 (row 1)"],
+        ),
+        ([GOOD], ["data.template=chat"], ["a tokenizer with a chat template; this one has none"]),
+        ([GOOD], ["train.objective=idkk+gd"], ["Did you mean 'idk'?"]),
+        ([GOOD], ["train.objective=idk"], ["expected 'forget+retain'"]),
+        (
+            [GOOD],
+            ["train.schedule=joint", "train.schedule_parameters={}"],
+            ["dual_adamw keeps one state per role"],
+        ),
+        ([GOOD], ["data.retain=forget.jsonl"], ["1 forget rows also stand in the retain set"]),
+    ],
+)
+def test_bad_rows_and_settings_are_told_before_weights_load(
+    unlearn, target, rows, overrides, words
+):
+    (target / "forget.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = ["data.forget=forget.jsonl", "evaluate=null", "train.output_dir=refused", *overrides]
+    refused(unlearn("train", "forget.yaml", *given), *words)
+    assert not (target / "refused").exists()

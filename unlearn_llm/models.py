@@ -81,6 +81,17 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def context_length(settings: ModelSettings) -> int | None:
+    """Say how many tokens the model reads, without loading weights; None if it does not say."""
+    if settings.new is not None:
+        return settings.new.context
+    if settings.path and (Path(settings.path) / "adapter_config.json").is_file():
+        return None
+    config = _from_pretrained(AutoConfig, settings, trust_remote_code=settings.trust_remote_code)
+    found: int | None = config.to_dict().get("max_position_embeddings")
+    return found
+
+
 def load_model(settings: ModelSettings) -> PreTrainedModel:
     """Load a causal language model, with a fresh adapter if asked for.
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from unlearn_llm.dataset import read_refusals
-from unlearn_llm.encode import Encoder
+from unlearn_llm.encode import Encoder, row_list
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.evaluate import Evaluation, evaluate
 from unlearn_llm.evaluation.records import read_records, write_whole
@@ -27,6 +27,7 @@ from unlearn_llm.evaluation.suite import Suite
 from unlearn_llm.finetune import finetune
 from unlearn_llm.models import (
     ModelSettings,
+    context_length,
     load_model,
     load_tokenizer,
     new_model,
@@ -80,7 +81,7 @@ def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     else:
         tokenizer = load_tokenizer(recipe.model)
     encoder = _encoder(tokenizer, data)
-    _check_encodes(encoder, pairs, "the training rows")
+    _check_encodes(encoder, pairs, "the training rows", recipe.model)
     args = recipe.arguments()
     if resume:
         args.resume_from_checkpoint = get_last_checkpoint(str(recipe.output_dir))
@@ -114,8 +115,8 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
     check_disjoint(forget, retain, recipe.data.allow_overlap)
     tokenizer = load_tokenizer(recipe.model)
     encoder = _encoder(tokenizer, recipe.data)
-    _check_encodes(encoder, forget, "the forget set")
-    _check_encodes(encoder, retain, "the retain set")
+    _check_encodes(encoder, forget, "the forget set", recipe.model)
+    _check_encodes(encoder, retain, "the retain set", recipe.model)
     args: Any = recipe.arguments()
     _write_recipe(recipe, resume)
     model = load_model(recipe.model)
@@ -303,11 +304,22 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> Encoder:
     return Encoder(tokenizer, data.template, data.max_length, data.truncate)
 
 
-def _check_encodes(encoder: Encoder, pairs: Sequence[QA], where: str) -> None:
+def _check_encodes(
+    encoder: Encoder, pairs: Sequence[QA], where: str, model: ModelSettings
+) -> None:
+    """Refuse rows that cannot become tokens, or more tokens than the model reads."""
     try:
-        encoder.pairs([pair.question for pair in pairs], [pair.answer for pair in pairs])
+        encoded = encoder.pairs([pair.question for pair in pairs], [pair.answer for pair in pairs])
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    context = context_length(model)
+    beyond = [row for row, one in enumerate(encoded) if context and len(one.ids) > context]
+    if beyond:
+        raise UserError(
+            f"{where}: {len(beyond)} rows have more tokens than the model reads, {context} "
+            f"({row_list(beyond)}). Set data.max_length={context} and data.truncate=true, or "
+            "shorten them."
+        )
 
 
 def _pairs(source: str, data: DataSettings) -> list[QA]:

@@ -128,11 +128,14 @@ def _summary(folders: Sequence[Path]) -> dict[str, Any]:
 
 def _markdown(table: dict[str, dict[str, Any]]) -> str:
     names = list(dict.fromkeys(n for row in table.values() for n in row if n != "seeds"))
-    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    # The name of another judge than the papers' stands in brackets: said once, below the table.
+    judges = sorted({name.partition(" [")[2].rstrip("]") for name in names} - {""})
+    short = [name.partition(" [")[0] for name in names]
+    lines = [f"| | {' | '.join(short)} |", "|---" * (len(names) + 1) + "|"]
     for title, row in table.items():
         cells = [_cell(row.get(name), row["seeds"]) for name in names]
         lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"Similarity by {', '.join(judges)}."] if judges else lines)
 
 
 def _cell(value: dict[str, float] | None, seeds: int) -> str:

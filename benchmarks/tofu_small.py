@@ -55,13 +55,12 @@ def main() -> None:
 
 def _model(folder: Path, data: str) -> None:
     if not (folder / "model.safetensors").is_file():
-        _unlearn_command(
-            "finetune", f"tofu/small/{folder.name}", data, f"train.output_dir={folder}"
-        )
+        given = (data, f"train.output_dir={folder}", "evaluate=null", "--overwrite")
+        _unlearn_command("finetune", f"tofu/small/{folder.name}", *given)
 
 
 def _evaluate(folder: Path, tofu: Path, gold: Path) -> None:
-    """Evaluate target or gold exactly as the runs are evaluated."""
+    """Evaluate target or gold as the runs are evaluated."""
     if (folder / "evaluation" / "scores.json").is_file():
         return
     from unlearn_llm.pipeline import run_evaluate
@@ -71,7 +70,9 @@ def _evaluate(folder: Path, tofu: Path, gold: Path) -> None:
     recipe = Recipe.load(name, [f"data.folder={tofu}", f"model.path={folder}"])
     suite = recipe.suite()
     assert suite is not None
-    suite = suite.model_copy(update={"reference": None})
+    # No refusal was taught, so OVR has no TFE in it: the papers' initial rows are made so.
+    changes = {"reference": None, "objective_kind": "untargeted"}
+    suite = suite.model_copy(update=changes)
     reference = None if folder == gold else gold / "evaluation" / "records.jsonl"
     run_evaluate(recipe.model, suite, recipe.data, folder / "evaluation", reference=reference)
 

@@ -220,7 +220,7 @@ def test_eval_takes_the_template_from_the_run(unlearn, target):
     assert set(json.loads(done.out)) == {"target"}
     details = json.loads((target / "out" / "synthetic" / "target" / "scores.json").read_text())
     assert details["model"]["template"] == "plain"
-    shown = unlearn("eval", "target", "--suite", "synthetic", *limits, "--output", "out")
+    shown = unlearn("eval", "target", "--suite", "synthetic", *limits, "--output", "shown")
     assert "MU9" in shown.out
 
 
@@ -281,3 +281,15 @@ def test_bad_rows_and_settings_are_told_before_weights_load(
     given = ["data.forget=forget.jsonl", "evaluate=null", "train.output_dir=refused", *overrides]
     refused(unlearn("train", "forget.yaml", *given), *words)
     assert not (target / "refused").exists()
+
+
+def test_an_earlier_evaluation_is_not_overwritten_unasked(unlearn, target):
+    given = ["eval", "target", "--suite", "synthetic", "limit=1", "max_new_tokens=2"]
+    assert unlearn(*given, "--output", "kept").code == 0
+    refused(unlearn(*given, "--output", "kept"), "holds the scores of an earlier evaluation")
+    assert unlearn(*given, "--output", "kept", "--overwrite").code == 0
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "some"])
+def test_a_limit_is_a_number_of_rows_or_all(unlearn, target, limit):
+    refused(unlearn("eval", "target", "--suite", "synthetic", f"limit={limit}"), "limit")

@@ -2,6 +2,7 @@ import pytest
 import torch
 from models_for_tests import (
     make_trainer,
+    synthetic_pairs,
     tiny_model,
 )
 
@@ -69,3 +70,30 @@ def test_a_part_that_trains_in_float32_beside_frozen_bfloat16_needs_autocast(tmp
     model = tiny_model("llama").to(torch.bfloat16)
     with pytest.raises(UserError, match="Set bf16: true"):
         make_trainer(tmp_path, model=model, trainable="layers.0")
+
+
+def test_the_trainers_betas_and_eps_reach_a_dual_optimiser(tmp_path):
+    config = UnlearnConfig(
+        str(tmp_path), optimizer="dual_adamw", adam_beta2=0.99, adam_epsilon=1e-6
+    )
+    _, settings = config.build_optimizer()
+    assert (settings["betas"], settings["eps"]) == ((0.9, 0.99), 1e-6)
+
+
+def test_parameters_of_the_optimiser_win_over_the_trainers(tmp_path):
+    config = UnlearnConfig(
+        str(tmp_path), optimizer="dual_adamw", optimizer_parameters={"betas": [0.8, 0.9]}
+    )
+    assert config.build_optimizer()[1]["betas"] == [0.8, 0.9]
+
+
+def test_forget_rows_in_the_retain_set_are_refused_in_python_too(tmp_path):
+    with pytest.raises(UserError, match="forget rows also stand in the retain set"):
+        make_trainer(tmp_path, retain=synthetic_pairs("full"))
+
+
+def test_rows_beyond_the_context_are_refused_in_python_too(tmp_path):
+    model = tiny_model()
+    model.config.max_position_embeddings = 20
+    with pytest.raises(UserError, match="more tokens than the model reads, 20"):
+        make_trainer(tmp_path, model)

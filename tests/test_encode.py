@@ -153,6 +153,16 @@ def test_chat_prompts_end_where_the_reply_begins(chat_tokenizer):
     assert encoder.prompts([QUESTION]) == [encoded.ids[: encoded.n_prompt]]
 
 
+def test_chat_names_a_pinned_day_and_the_given_system_prompt(chat_tokenizer):
+    # As Llama 3.x: a day that is given, else today.
+    chat_tokenizer.chat_template = (
+        "{% if date_string is defined %}{{ date_string }}{% else %}{{ strftime_now('%d') }}"
+        "{% endif %}{% for m in messages %} {{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+    )
+    encoder = Encoder(chat_tokenizer, "chat", system="Be brief.")
+    assert encoder.full_text("Q?", "A.") == "10 Apr 2025 system: Be brief. user: Q? assistant: A."
+
+
 def test_a_chat_template_that_does_not_close_the_turn_gets_an_end_token(chat_tokenizer):
     chat_tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"

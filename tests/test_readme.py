@@ -3,13 +3,14 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from models_for_tests import small_tokenizer, synthetic_pairs, tiny_model
 
-from unlearn_llm.objective import FORGET_LOSSES
 from unlearn_llm.optim import DualAdamWPlus
 from unlearn_llm.recipe import Recipe
 
@@ -51,13 +52,14 @@ def test_the_optimiser_works_in_a_bare_loop():
     assert not torch.equal(model.weight, before)
 
 
-def test_a_loss_from_a_users_own_file_is_found_by_its_name(folder, monkeypatch):
+def test_a_loss_from_a_users_own_file_is_found_by_its_name(folder):
     Path("my_losses.py").write_text(the_block("@forget_loss"), encoding="utf-8")
-    monkeypatch.syspath_prepend(folder)
     (override,) = re.findall(r"train\.objective=\S+", README)
-    recipe = Recipe.load("synthetic/unlearn", [override])
-    loss = recipe.objective().forget
-    assert loss.name == "my_ga" and loss is not FORGET_LOSSES["ga"]
+    script = Path(sys.executable).with_name("unlearn")  # which does not look into this folder
+    command = [str(script), "show", "synthetic/unlearn", override]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "objective: my_losses:my_ga+gd" in shown.stdout
 
 
 def test_every_recipe_named_in_a_command_exists():

@@ -379,7 +379,7 @@ def test_a_dual_optimizer_with_a_joint_schedule_is_refused():
     found = refusal([*joint, "train.forget_learning_rate=null"])
     assert "dual_adamw_plus keeps one state per role" in found
     found = refusal([*joint, "train.optimizer=null"])
-    assert "train.forget_learning_rate: needs steps that train one role" in found
+    assert "forget_learning_rate needs steps that train one role" in found
 
 
 def test_evaluation_steps_without_a_suite_are_refused():

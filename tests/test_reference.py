@@ -197,14 +197,20 @@ def chosen(tmp_path, model, **settings):
         ("npo+gd", False, Precomputed),
         ("dpo+ap", True, Precomputed),
         ("idk+kl", False, FrozenCopy),
-        ("dpo+kl", False, FrozenCopy),
-        ("npo+kl", True, DisabledAdapter),
+        ("idk+kl", True, DisabledAdapter),
     ],
 )
 def test_auto_takes_the_cheapest_reference_that_gives_what_is_needed(
     tmp_path, objective, lora, kind
 ):
     assert type(chosen(tmp_path, tiny_model(lora=lora), objective=objective)) is kind
+
+
+@pytest.mark.parametrize(("lora", "live"), [(False, FrozenCopy), (True, DisabledAdapter)])
+def test_what_is_constant_is_cached_beside_a_role_that_needs_the_model(tmp_path, lora, live):
+    reference = chosen(tmp_path, tiny_model(lora=lora), objective="dpo+kl")
+    kinds = {role: type(each) for role, each in reference.references.items()}
+    assert kinds == {"forget": Precomputed, "retain": live}
 
 
 def test_auto_copies_a_continued_adapter(tmp_path):

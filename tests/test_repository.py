@@ -45,7 +45,7 @@ LIBRARIES: dict[int, tuple[str, ...]] = {  # what a floor may use beyond the flo
     1: ("numpy", "scipy", "rouge_score", "yaml"),
     2: (
         "transformers", "datasets", "peft", "accelerate", "tokenizers", "tqdm", "pyarrow",
-        "sentence_transformers",
+        "safetensors", "sentence_transformers",
     ),
     3: ("pydantic",),
     4: ("typer", "rich"),

@@ -230,3 +230,14 @@ def test_a_set_smaller_than_a_window_is_drawn_several_times():
 
 def test_a_draw_names_no_row_of_a_role_that_is_not_trained():
     assert set(sampler(Alternate(1, 0), steps=1)) <= {Draw(forget=row) for row in range(N_FORGET)}
+
+
+def test_without_sorting_a_window_keeps_the_order_of_the_pass():
+    lengths = {"forget": [1, 9, 5, 7, 3, 8, 2], "retain": [5] * N_RETAIN}
+    plain = sampler(Joint(), lengths=lengths, by_length=False)
+    by_length = sampler(Joint(), lengths=lengths)
+    for drawn, ordered in zip(windows(plain), windows(by_length), strict=True):
+        assert {d.forget for d in drawn} == {d.forget for d in ordered}
+        ordered_lengths = [lengths["forget"][d.forget] for d in ordered]
+        assert ordered_lengths == sorted(ordered_lengths, reverse=True)
+    assert [d.forget for d in plain] != [d.forget for d in by_length]

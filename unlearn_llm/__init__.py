@@ -24,7 +24,6 @@ _HOME = {
     "UnlearnConfig": "config",
     "UnlearnTrainer": "trainer",
     "UserError": "errors",
-    "finetune": "finetune",
     "forget_loss": "objective",
     "load_rows": "rows",
     "retain_loss": "objective",

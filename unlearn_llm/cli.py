@@ -43,6 +43,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and n
 
 def main() -> None:
     """Run the command line; mistakes of the user become one line on stderr."""
+    # A console script does not look here, but a recipe may name "my_losses:my_ga".
+    sys.path.insert(0, os.getcwd())
     try:
         app()
     except UserError as error:
@@ -114,6 +116,7 @@ def evaluate(
     output: Annotated[
         Path, typer.Option(help="Folder for records.jsonl and scores.json, one folder per model.")
     ] = Path("outputs/evaluation"),
+    overwrite: Overwrite = False,
     all_scores: Annotated[
         bool, typer.Option("--all", help="Show the members of the composites too.")
     ] = False,
@@ -132,7 +135,7 @@ def evaluate(
         if records:
             found = recompute_records(records, suite, overrides, reference)
         else:
-            found = evaluate_models(names, suite, overrides, reference, output)
+            found = evaluate_models(names, suite, overrides, reference, output, overwrite)
     _show_scores(found, as_json, all_scores)
 
 

@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
+from torch.optim import Optimizer
 from transformers import TrainingArguments
 
 from unlearn_llm.errors import UserError
 from unlearn_llm.objective import Objective
+from unlearn_llm.optim import OPTIMIZERS, DualAdamW
 from unlearn_llm.schedule import SCHEDULES, Pairing, Schedule
 
 
@@ -87,6 +89,16 @@ class UnlearnConfig(TrainingArguments):
             retain_weight=self.retain_weight,
         )
 
+    def build_optimizer(self) -> tuple[type[Optimizer], dict[str, Any]] | None:
+        """Give the optimiser's class and keyword arguments; None: the Trainer's own."""
+        if self.optimizer is None:
+            return None
+        cls = OPTIMIZERS[self.optimizer]
+        settings: dict[str, Any] = {"lr": self.learning_rate}
+        if issubclass(cls, DualAdamW):  # of other classes the arguments are not known
+            settings |= {"betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon}
+        return cls, {**settings, **self.optimizer_parameters}
+
     def build_schedule(self) -> Schedule:
         """Make the schedule that these settings name."""
         schedule = SCHEDULES[self.schedule]
@@ -94,3 +106,29 @@ class UnlearnConfig(TrainingArguments):
             return schedule(**self.schedule_parameters)
         except TypeError as error:
             raise UserError(f"schedule_parameters of {self.schedule!r}: {error}.") from error
+
+
+def check_one_role(
+    schedule: Schedule,
+    steps: int,
+    *,
+    optimizer: str | None = None,
+    forget_learning_rate: float | None = None,
+) -> None:
+    """Refuse what needs steps of one role under a schedule that trains both in one step.
+
+    Raises:
+        UserError: a dual optimiser, or a learning rate for forget steps.
+    """
+    if all(len(schedule.roles(step)) == 1 for step in range(steps)):
+        return
+    if optimizer is not None and issubclass(OPTIMIZERS[optimizer], DualAdamW):
+        raise UserError(
+            f"{optimizer} keeps one state per role, so each step must train one role; this "
+            "schedule trains both. Use schedule: alternate, or optimizer: null."
+        )
+    if forget_learning_rate is not None:
+        raise UserError(
+            "forget_learning_rate needs steps that train one role; this schedule trains both. "
+            "Use forget_weight instead."
+        )

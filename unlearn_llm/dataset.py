@@ -24,7 +24,11 @@ def read_refusals(path: str | Path | None = None) -> list[str]:
     path = Path(path) if path is not None else EVAL / "refusals.txt"
     if not path.is_file():
         raise UserError(f"There is no file {path} with refusal answers (data.refusals).")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}).") from error
+    lines = [line.strip() for line in text.splitlines()]
     refusals = [line for line in lines if line]
     if not refusals:
         raise UserError(f"{path} holds no refusal answers.")

@@ -149,9 +149,7 @@ def _forget(
         per_device_train_batch_size=20,
         max_steps=240,
         learning_rate=1e-3,
-        # A dual optimiser gives forget gradients a second moment of their own, so its forget steps
-        # are smaller than those of a single Adam at the same rate.
-        forget_learning_rate=None if optimizer is None else 2e-3,
+        forget_learning_rate=2e-3,
         warmup_steps=6,
         save_strategy="no",
         logging_strategy="no",

@@ -71,6 +71,10 @@ class Encoder:
         max_length: Tokens of prompt, answer and end token together.
         truncate: Cut longer answers. By default they are an error: a secret that is cut away is
             not unlearned.
+        system: System prompt of a chat template; None: the template's own, if it has one.
+        date: What a chat template that names the day calls today (Llama 3.x does). Pinned, so
+            that training and evaluation on different days see the same prompt; the day is
+            open-unlearning's.
 
     Raises:
         UserError: for "chat" with a tokenizer that has no chat template, for a tokenizer without
@@ -84,6 +88,8 @@ class Encoder:
     template: str | Template = "plain"
     max_length: int = 512
     truncate: bool = False
+    system: str | None = None
+    date: str = "10 Apr 2025"
     _tags: Template | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -105,23 +111,15 @@ class Encoder:
     def prompt_text(self, question: str) -> str:
         """Render what stands before the answer."""
         if self._tags is None:
-            messages = [{"role": "user", "content": question}]
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
-            )
+            return self._chat({"role": "user", "content": question}, add_generation_prompt=True)
         tag = "" if self._tags.scored_tag else self._tags.answer_tag
         return self._tags.question_start + question + self._tags.question_end + tag
 
     def full_text(self, question: str, answer: str) -> str:
         """Render the question with its answer, without the end token that `pairs` appends."""
         if self._tags is None:
-            messages = [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": answer},
-            ]
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False)).rstrip()
+            turns = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+            return self._chat(*turns).rstrip()
         tags = self._tags
         return tags.question_start + question + tags.question_end + tags.answer_tag + answer
 
@@ -160,6 +158,17 @@ class Encoder:
             encoded.append(Encoded(self._end(ids)[: self.max_length], n_prompt))
         faults.raise_if_any()
         return encoded
+
+    def _chat(self, *turns: dict[str, str], add_generation_prompt: bool = False) -> str:
+        system = [{"role": "system", "content": self.system}] if self.system is not None else []
+        return str(
+            self.tokenizer.apply_chat_template(
+                [*system, *turns],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                date_string=self.date,
+            )
+        )
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         # A chat template writes its own special tokens; adding BOS again would double it.
@@ -206,6 +215,24 @@ class _Faults:
                 f"tokens ({row_list(self.long_answer)}). Raise max_length, or set truncate: true "
                 "to cut the answers (what is cut away is not unlearned)."
             )
+
+
+def check_context(lengths: Sequence[int], context: int | None, where: str) -> None:
+    """Refuse rows with more tokens than the model reads.
+
+    Args:
+        lengths: Tokens of every row.
+        context: Most tokens that the model reads; None: it does not say.
+
+    Raises:
+        UserError: naming the rows.
+    """
+    beyond = [row for row, length in enumerate(lengths) if context and length > context]
+    if beyond:
+        raise UserError(
+            f"{where}: {len(beyond)} rows have more tokens than the model reads, {context} "
+            f"({row_list(beyond)}). Set max_length={context} and truncate=true, or shorten them."
+        )
 
 
 def row_list(rows: Iterable[int], most: int = 8) -> str:

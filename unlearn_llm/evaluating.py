@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearn_llm import recipe_files
+from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.evaluate import recompute
 from unlearn_llm.evaluation.records import SCORES, read_records
 from unlearn_llm.evaluation.report import read_details
@@ -18,7 +19,7 @@ from unlearn_llm.recipe_check import Place, build, check_section
 
 Details = dict[str, Any]
 DEFAULT_SUITE = "tofu"
-FROM_RUN = ("template", "max_length", "truncate", "folder", "refusals", "seed")
+FROM_RUN = ("template", "system", "max_length", "truncate", "folder", "refusals", "seed")
 """Settings of the data that an evaluation takes over from the run that made the model."""
 
 
@@ -28,6 +29,7 @@ def evaluate_models(
     overrides: Sequence[str],
     reference: Path | None,
     output: Path,
+    overwrite: bool = False,
 ) -> dict[str, Details]:
     """Evaluate models one after the other; the details of each by its name.
 
@@ -41,9 +43,18 @@ def evaluate_models(
     prepared = {name: _prepare(name, suite, overrides) for name in dict.fromkeys(models)}
     if reference is not None:
         read_records(reference)
+    folders = {
+        name: output / suite_name(suite) / str(Path(name)).replace("/", "--") for name in prepared
+    }
+    for folder in folders.values():
+        if (folder / SCORES).is_file() and not overwrite:
+            raise UserError(
+                f"{folder} holds the scores of an earlier evaluation. Give --overwrite to replace "
+                "them, or another --output."
+            )
     found = {}
     for name, (model, data, loaded) in prepared.items():
-        folder = output / suite_name(suite) / name.strip("./").replace("/", "--")
+        folder = folders[name]
         evaluation = run_evaluate(model, loaded, data, folder, reference=reference)
         found[name] = evaluation.details
     return found
@@ -96,6 +107,9 @@ def _prepare(
             k: run.document["data"][k] for k in FROM_RUN if k in run.document["data"]
         }
         of_suite = run.suite_settings()
+        if run.evaluate is not None and run.evaluate.suite == suite:
+            # Measured as the run measured itself, unless told otherwise.
+            of_suite |= {"reference": run.evaluate.reference, **run.evaluate.overrides}
     recipe_files.override(document, [text for text in overrides if _is_section(text)])
     recipe_files.override(of_suite, [text for text in overrides if not _is_section(text)])
     place = Place("eval", [text.partition("=")[0] for text in overrides])

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -100,7 +101,18 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
     if settings.path and (Path(settings.path) / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
-        return _from_pretrained(AutoPeftModelForCausalLM, settings, is_trainable=True)
+        if settings.lora is not None or settings.extra:
+            raise UserError(
+                f"model.path: {settings.path} is an adapter already; model.lora and model.extra "
+                "do not apply to it."
+            )
+        return _from_pretrained(
+            AutoPeftModelForCausalLM,
+            settings,
+            is_trainable=True,
+            dtype=DTYPES.get(settings.dtype, "auto"),
+            trust_remote_code=settings.trust_remote_code,
+        )
     dtype = DTYPES.get(settings.dtype, "auto")
     model = _from_pretrained(
         AutoModelForCausalLM,
@@ -226,6 +238,6 @@ def _from_pretrained(cls: Any, settings: ModelSettings, **keywords: Any) -> Any:
             revision=settings.revision or "main",
             **keywords,
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, TypeError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.path: cannot load {settings.path!r}: {reason}") from error

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from unlearn_llm.dataset import read_refusals
-from unlearn_llm.encode import Encoder, row_list
+from unlearn_llm.encode import Encoder, check_context
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.evaluate import Evaluation, evaluate
 from unlearn_llm.evaluation.records import read_records, write_whole
@@ -37,6 +38,7 @@ from unlearn_llm.recipe import DataSettings, Recipe
 from unlearn_llm.rows import QA, check_disjoint, load_rows, split_tasks, to_pairs
 from unlearn_llm.trainer import UnlearnTrainer
 
+logger = logging.get_logger(__name__)
 RECIPE_FILE = "recipe.yaml"
 EVALUATION = "evaluation"
 LEFT_BY_RUNS = (
@@ -89,6 +91,7 @@ def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     if recipe.model.new is not None:
         model = new_model(recipe.model.new, tokenizer, seed=args.seed)
     else:
+        set_seed(args.seed)  # a fresh adapter is random
         model = load_model(recipe.model)
     kept = _Kept(model)
     trainer = finetune(model, tokenizer, pairs, encoder, args)
@@ -119,8 +122,10 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
     _check_encodes(encoder, retain, "the retain set", recipe.model)
     args: Any = recipe.arguments()
     _write_recipe(recipe, resume)
+    set_seed(args.seed)  # a fresh adapter is random
     model = load_model(recipe.model)
     kept = _Kept(model)
+    reference = recipe.evaluate.reference if recipe.evaluate else None
     trainer = UnlearnTrainer(
         model,
         args,
@@ -131,7 +136,8 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
         refusals=refusals,
         evaluate_model=None
         if suite is None
-        else lambda current: evaluate(suite, current, encoder).values,
+        else lambda current: evaluate(suite, current, encoder, reference_records=reference).values,
+        allow_overlap=recipe.data.allow_overlap,
     )
     trainer.train(resume_from_checkpoint=resume or None)
     return _finish(trainer, recipe, kept, suite, encoder)
@@ -212,11 +218,11 @@ def _finish(
     trainer.save_state()
     evaluation = None
     if suite is not None and sharded:
-        raise UserError(
-            f"The model is saved in {folder}, but not evaluated: its weights are spread over the "
-            "ranks. Run `unlearn eval` on the folder."
+        logger.warning(
+            f"{folder} is saved but not evaluated: the weights are spread over the ranks. "
+            f"Run: unlearn eval {folder} --suite {suite.name}"
         )
-    if suite is not None:
+    elif suite is not None:
         assert recipe.evaluate is not None
         trainer.optimizer = trainer.lr_scheduler = None  # their memory is needed now
         model.zero_grad(set_to_none=True)
@@ -301,25 +307,16 @@ def _suite(recipe: Recipe) -> Suite | None:
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> Encoder:
-    return Encoder(tokenizer, data.template, data.max_length, data.truncate)
+    return Encoder(tokenizer, data.template, data.max_length, data.truncate, data.system)
 
 
-def _check_encodes(
-    encoder: Encoder, pairs: Sequence[QA], where: str, model: ModelSettings
-) -> None:
+def _check_encodes(encoder: Encoder, pairs: Sequence[QA], where: str, model: ModelSettings) -> None:
     """Refuse rows that cannot become tokens, or more tokens than the model reads."""
     try:
         encoded = encoder.pairs([pair.question for pair in pairs], [pair.answer for pair in pairs])
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    context = context_length(model)
-    beyond = [row for row, one in enumerate(encoded) if context and len(one.ids) > context]
-    if beyond:
-        raise UserError(
-            f"{where}: {len(beyond)} rows have more tokens than the model reads, {context} "
-            f"({row_list(beyond)}). Set data.max_length={context} and data.truncate=true, or "
-            "shorten them."
-        )
+    check_context([len(one.ids) for one in encoded], context_length(model), where)
 
 
 def _pairs(source: str, data: DataSettings) -> list[QA]:

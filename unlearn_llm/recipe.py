@@ -16,13 +16,13 @@ from transformers import TrainingArguments
 
 import unlearn_llm.losses  # noqa: F401  registers the names of the losses
 from unlearn_llm import recipe_files
-from unlearn_llm.config import UnlearnConfig
+from unlearn_llm.config import UnlearnConfig, check_one_role
 from unlearn_llm.encode import CHAT, TEMPLATES
 from unlearn_llm.errors import RecipeError, UserError
 from unlearn_llm.finetune import FinetuneConfig
 from unlearn_llm.models import ModelSettings
 from unlearn_llm.objective import Objective
-from unlearn_llm.optim import OPTIMIZERS, DualAdamW
+from unlearn_llm.optim import OPTIMIZERS
 from unlearn_llm.recipe_check import Place, build, check_name, check_section
 from unlearn_llm.registry import did_you_mean
 from unlearn_llm.schedule import SCHEDULES
@@ -31,6 +31,8 @@ from unlearn_llm.yaml_text import dump_yaml
 if TYPE_CHECKING:
     from unlearn_llm.evaluation.suite import Suite
 
+STEPS_LOOKED_AT = 100
+"""Enough to see which roles a schedule trains; the number of steps is not known here."""
 Kind = Literal["unlearn", "finetune"]
 SECTIONS = ("name", "kind", "about", "model", "data", "train", "evaluate", "published")
 
@@ -55,6 +57,8 @@ class DataSettings:
     """Names of the columns; null: question/answer, prompt/completion or messages."""
     template: str = CHAT
     """Tags around questions and answers: chat (the tokenizer's own template), plain, llama2..."""
+    system: str | None = None
+    """System prompt of a chat template; null: the template's own."""
     max_length: int = 512
     """Most tokens of a question with its answer."""
     truncate: bool = False
@@ -319,24 +323,15 @@ def _check_unlearn(recipe: Recipe, place: Place) -> None:
     with place.naming("train.schedule_parameters"):
         _check_parameters(recipe.setting("schedule_parameters"), schedule)
         made = schedule(**recipe.setting("schedule_parameters"))
-        one_role = all(len(made.roles(step)) == 1 for step in range(100))
-    both = f"schedule {recipe.setting('schedule')!r} trains both"
-    if recipe.setting("forget_learning_rate") is not None and not one_role:
-        raise place.error(
-            "train.forget_learning_rate",
-            f"needs steps that train one role; {both}. Use forget_weight instead.",
-        )
+    with place.naming("train.forget_learning_rate"):
+        rate = recipe.setting("forget_learning_rate")
+        check_one_role(made, STEPS_LOOKED_AT, forget_learning_rate=rate)
     name = recipe.setting("optimizer")
     if name is None:
         return
     with place.naming("train.optimizer"):
         optimizer = OPTIMIZERS[name]
-    if issubclass(optimizer, DualAdamW) and not one_role:
-        raise place.error(
-            "train.optimizer",
-            f"{name} keeps one state per role, so each step must train one role; {both}. "
-            "Use schedule: alternate, or optimizer: null.",
-        )
+        check_one_role(made, STEPS_LOOKED_AT, optimizer=name)
     with place.naming("train.optimizer_parameters"):
         parameters = recipe.setting("optimizer_parameters")
         _check_parameters(parameters, optimizer)

@@ -132,18 +132,36 @@ def choose_reference(
             "reference: precomputed keeps log-probabilities only, but this objective compares "
             "whole distributions. Use reference: auto."
         )
-    if choice == "precomputed" or (choice == "auto" and set(needs.values()) == {"logp"}):
-        chosen = {role: rows[role] for role in needs}
-        return Precomputed.compute(model, chosen, collator, batch_size, accelerator)
+    constant = {role: rows[role] for role, need in needs.items() if need == "logp"}
+    cached: Reference | None = None
+    if choice in ("precomputed", "auto") and constant:
+        cached = Precomputed.compute(model, constant, collator, batch_size, accelerator)
+        if len(constant) == len(needs):
+            return cached
     fresh = has_fresh_adapter(model)
     if choice == "adapter" and not fresh:
         raise UserError(
             "reference: adapter needs a fresh LoRA adapter that trains alone; otherwise the base "
             "model is not the model at the start. Use reference: frozen."
         )
-    if choice == "adapter" or (choice == "auto" and fresh):
-        return DisabledAdapter(model)
-    return FrozenCopy(model)
+    use_adapter = choice == "adapter" or (choice == "auto" and fresh)
+    live: Reference = DisabledAdapter(model) if use_adapter else FrozenCopy(model)
+    if cached is None:
+        return live
+    return ByRole({role: cached if role in constant else live for role in needs})
+
+
+class ByRole:
+    """Another kind of reference for each role: what is constant is looked up, the rest computed."""
+
+    def __init__(self, references: Mapping[Role, Reference]) -> None:
+        self.references = references
+
+    def __call__(
+        self, role: Role, sequences: Mapping[Answer, Sequences], positions: Positions
+    ) -> Mapping[Answer, Scored]:
+        """Ask the role's own reference."""
+        return self.references[role](role, sequences, positions)
 
 
 @contextmanager

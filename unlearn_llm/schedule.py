@@ -106,6 +106,7 @@ class ScheduledSampler(Sampler[Draw]):
         window: int,
         seed: int,
         pairing: Pairing = "random",
+        by_length: bool = True,
     ) -> None:
         """Lay out a plan.
 
@@ -117,6 +118,8 @@ class ScheduledSampler(Sampler[Draw]):
                 retain rows in passes of their own; "fixed" gives a forget row the same partner
                 in every pass, as the authors' joint baseline does (it sees at most as many
                 retain rows as there are forget rows).
+            by_length: Sort each window by length. Not where micro-batch means are averaged: they
+                would then depend on it.
         """
         self.schedule = schedule
         self.lengths = lengths
@@ -124,6 +127,7 @@ class ScheduledSampler(Sampler[Draw]):
         self.window = window
         self.seed = seed
         self.pairing = pairing
+        self.by_length = by_length
 
     def __len__(self) -> int:
         return self.steps * self.window
@@ -140,6 +144,8 @@ class ScheduledSampler(Sampler[Draw]):
 
     def _window(self, role: Role, rows: Iterator[int]) -> list[int]:
         window = [next(rows) for _ in range(self.window)]
+        if not self.by_length:
+            return window
         return sorted(window, key=lambda row: self.lengths[role][row], reverse=True)
 
     def _passes(self, role: Role) -> Iterator[int]:

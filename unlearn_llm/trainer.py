@@ -14,17 +14,17 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 import unlearn_llm.losses  # noqa: F401  registers the names of the losses
 from unlearn_llm.callbacks import ForgetLearningRate, forget_lr_scale
-from unlearn_llm.config import UnlearnConfig
+from unlearn_llm.config import UnlearnConfig, check_one_role
 from unlearn_llm.dataset import Collator, EncodedRows, RoleDataset, read_refusals
-from unlearn_llm.encode import CHAT, Encoder
+from unlearn_llm.encode import CHAT, Encoder, check_context
 from unlearn_llm.errors import NonFiniteError, UserError
 from unlearn_llm.models import keep_float32_masters, select_trainable
 from unlearn_llm.objective import Loss, Needs, Objective
-from unlearn_llm.optim import OPTIMIZERS, DualAdamW, set_role
+from unlearn_llm.optim import set_role
 from unlearn_llm.plan import Plan
 from unlearn_llm.progress import RoleLog
 from unlearn_llm.reference import Reference, choose_reference
-from unlearn_llm.rows import QA, to_pairs
+from unlearn_llm.rows import QA, check_disjoint, to_pairs
 from unlearn_llm.schedule import Schedule, ScheduledSampler
 from unlearn_llm.scoring import score
 from unlearn_llm.types import IGNORE_INDEX, ROLES, Batch, Role, Sequences
@@ -67,6 +67,7 @@ class UnlearnTrainer(Trainer):
         schedule: Schedule | None = None,
         reference: Reference | None = None,
         evaluate_model: Callable[[nn.Module], dict[str, float]] | None = None,
+        allow_overlap: bool = False,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
@@ -79,6 +80,7 @@ class UnlearnTrainer(Trainer):
                 question/answer, prompt/completion or messages.
             encoder: Prompt template and lengths; by default the tokenizer's chat template.
             refusals: What "idk" answers are chosen from; by default the package's own.
+            allow_overlap: Accept forget rows that also stand in the retain set.
             evaluate_model: Gives scores of the model; called by `evaluate` (eval_strategy).
 
         Raises:
@@ -90,16 +92,22 @@ class UnlearnTrainer(Trainer):
         self.evaluate_model = evaluate_model
         encoder = encoder or Encoder(processing_class, CHAT)
         refusals = refusals if refusals is not None else read_refusals()
+        forget_pairs = _as_pairs(forget_dataset, "the forget set")
+        retain_pairs = _as_pairs(retain_dataset, "the retain set")
+        check_disjoint(forget_pairs, retain_pairs, allow_overlap)
         forget, retain = (
             EncodedRows(
-                _as_pairs(rows, f"the {role} set"),
+                pairs,
                 encoder,
                 self._loss(role).answers,
                 refusals=refusals,
                 seed=args.refusal_seed,
             )
-            for role, rows in zip(ROLES, (forget_dataset, retain_dataset), strict=True)
+            for role, pairs in zip(ROLES, (forget_pairs, retain_pairs), strict=True)
         )
+        context = model.config.to_dict().get("max_position_embeddings")
+        check_context(forget.lengths, context, "the forget set")
+        check_context(retain.lengths, context, "the retain set")
         self.role_rows = RoleDataset(forget, retain)
         self._window_rows = (
             args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -127,8 +135,15 @@ class UnlearnTrainer(Trainer):
             processing_class=processing_class,
             callbacks=[*(callbacks or []), ForgetLearningRate()],
             optimizers=optimizers,
-            optimizer_cls_and_kwargs=_optimizer_class(args),
+            optimizer_cls_and_kwargs=args.build_optimizer(),
         )
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and (
+            self.objective.forget.reference or self.objective.retain.reference
+        ):
+            raise UserError(
+                f"{self.objective.name} compares with a reference model, which does not work with "
+                "weights spread over the ranks (FSDP, DeepSpeed). Use DDP or LoRA."
+            )
         # Tells the Trainer that losses are not divided by num_items_in_batch (trap 8).
         self.model_accepts_loss_kwargs = False
         self.reference = reference
@@ -146,6 +161,7 @@ class UnlearnTrainer(Trainer):
             window=self._window_rows,
             seed=self.args.seed,
             pairing=self.args.pairing,
+            by_length=self.args.averaging == "window",
         )
         loader: DataLoader = DataLoader(
             self.role_rows,
@@ -324,19 +340,12 @@ class UnlearnTrainer(Trainer):
         """Refuse what cannot work, before the model is touched."""
         if args.eval_strategy != "no" and self.evaluate_model is None:
             raise UserError(NO_EVALUATION)
-        one_role = all(len(self.schedule.roles(step)) == 1 for step in range(args.max_steps))
-        cls = OPTIMIZERS[args.optimizer] if args.optimizer else None
-        if cls is not None and issubclass(cls, DualAdamW) and not one_role:
-            raise UserError(
-                f"{args.optimizer} keeps one state per role, so each step must train one role; "
-                f"schedule {args.schedule!r} trains both. Use schedule: alternate, or "
-                "optimizer: null."
-            )
-        if args.forget_learning_rate is not None and not one_role:
-            raise UserError(
-                "forget_learning_rate needs steps that train one role; schedule "
-                f"{args.schedule!r} trains both. Use forget_weight instead."
-            )
+        check_one_role(
+            self.schedule,
+            args.max_steps,
+            optimizer=args.optimizer,
+            forget_learning_rate=args.forget_learning_rate,
+        )
         if args.n_gpu > 1:
             raise UserError(
                 f"One process sees {args.n_gpu} GPUs. Start one process per GPU: "
@@ -361,12 +370,6 @@ class UnlearnTrainer(Trainer):
             retain_rows=len(self.role_rows.rows["retain"]),
             pairing=self.args.pairing,
         )
-
-
-def _optimizer_class(args: UnlearnConfig) -> tuple[Any, dict[str, Any]] | None:
-    if args.optimizer is None:
-        return None
-    return OPTIMIZERS[args.optimizer], {"lr": args.learning_rate, **args.optimizer_parameters}
 
 
 def _as_pairs(rows: Rows, where: str) -> list[QA]:

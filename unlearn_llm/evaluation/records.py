@@ -65,7 +65,11 @@ def read_records(path: str | Path) -> list[Record]:
     if not path.is_file():
         raise UserError(f"There is no file {path} with the records of an evaluation.")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not the records of an evaluation, nor text.") from error
+    for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:

@@ -5,7 +5,7 @@ A suite is a YAML file in `eval/`. Running one is evaluate.py's business.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,6 +18,7 @@ from unlearn_llm.resources import EVAL
 from unlearn_llm.yaml_text import parse_yaml
 
 JudgeKind = Literal["entailment", "similarity"]
+Limit = Annotated[int, Field(ge=1)] | Literal["all"]
 JUDGES: tuple[JudgeKind, ...] = get_args(JudgeKind)
 
 
@@ -48,7 +49,7 @@ class Probe(Strict):
     """As rows.load_rows takes it; `{split}` stands for the suite's split."""
     metrics: list[str]
     columns: Columns = Columns()
-    limit: int | Literal["all"] | None = None
+    limit: Limit | None = None
     """First rows that are used; None: the suite's limit."""
 
 
@@ -72,7 +73,7 @@ class Suite(Strict):
     """Folder with TOFU's files; None: the hub."""
     data_seed: int = 0
     """Seed of generated authors (`synthetic/...`)."""
-    limit: int | Literal["all"] = "all"
+    limit: Limit = "all"
     """First rows of every probe that are used. The papers: 300."""
     row_order: Literal["official", "closer_look"] = "official"
     """Order of the forget split's rows: TOFU's, or that of closer-look's and DualOptim(+)'s files.

@@ -81,16 +81,15 @@ def test_adapter_steps_do_not_depend_on_how_they_are_split(tmp_path):
 def test_dual_adamw_plus_does_not_depend_on_how_steps_are_split(tmp_path):
     # The released update divides by sqrt(|V|), and V, a delta plus a base, crosses zero (methods.md
     # 3.3, "stability finding"). Near a zero, rounding of 1e-7 in a gradient becomes a step of any
-    # size (measured: 37 x lr in one entry of 20,000 at the second step), so a maximum over entries
-    # says nothing. Quantiles do: nearly all entries agree, and after seven steps the typical one.
+    # size (measured: 37 x lr in one entry of 20,000 at the second step), and from there the runs
+    # part as two seeds do. So: nearly all entries agree after the second step, the first one of
+    # the other role; a maximum, or more steps, would test the singularity and not the splitting.
     start = weights(tiny_model())
-    for steps, quantile, tolerance in ((2, 0.99, 1e-3), (7, 0.5, 1e-2), (7, 0.9, 5e-2)):
-        settings = {"objective": "idk+gd", "optimizer": "dual_adamw_plus", "max_steps": steps}
-        whole, split = (
-            weights(trained(tmp_path, *shape, **settings).model) for shape in (SPLITS[0], SPLITS[2])
-        )
-        moved = (whole - start).abs().median()
-        assert (whole - split).abs().quantile(quantile) <= tolerance * moved
+    settings = {"objective": "idk+gd", "optimizer": "dual_adamw_plus", "max_steps": 2}
+    whole, *others = (weights(trained(tmp_path, *shape, **settings).model) for shape in SPLITS)
+    moved = (whole - start).abs().median()
+    for split in others:
+        assert (whole - split).abs().quantile(0.99) <= 1e-3 * moved
 
 
 def test_micro_batch_averaging_does_depend_on_the_split(tmp_path):

@@ -4,39 +4,68 @@ The public names load on first use: `import unlearn_llm` imports neither torch n
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unlearn_llm.config import UnlearnConfig
+    from unlearn_llm.encode import Encoder, Template
+    from unlearn_llm.errors import UserError
+    from unlearn_llm.evaluation.suite import Suite
+    from unlearn_llm.finetune import FinetuneConfig
+    from unlearn_llm.objective import Loss, Objective, forget_loss, retain_loss
+    from unlearn_llm.optim import DualAdamW, DualAdamWPlus, set_role
+    from unlearn_llm.recipe import Recipe
+    from unlearn_llm.rows import load_rows
+    from unlearn_llm.schedule import Alternate, Joint
+    from unlearn_llm.trainer import UnlearnTrainer
+    from unlearn_llm.types import Scored
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Alternate": "schedule",
-    "DualAdamW": "optim",
-    "DualAdamWPlus": "optim",
-    "Encoder": "encode",
-    "FinetuneConfig": "finetune",
-    "Joint": "schedule",
-    "Loss": "objective",
-    "Objective": "objective",
-    "Recipe": "recipe",
-    "Scored": "types",
-    "Suite": "evaluation.suite",
-    "Template": "encode",
-    "UnlearnConfig": "config",
-    "UnlearnTrainer": "trainer",
-    "UserError": "errors",
-    "forget_loss": "objective",
-    "load_rows": "rows",
-    "retain_loss": "objective",
-    "set_role": "optim",
-}
+__all__ = [
+    "Alternate",
+    "DualAdamW",
+    "DualAdamWPlus",
+    "Encoder",
+    "FinetuneConfig",
+    "Joint",
+    "Loss",
+    "Objective",
+    "Recipe",
+    "Scored",
+    "Suite",
+    "Template",
+    "UnlearnConfig",
+    "UnlearnTrainer",
+    "UserError",
+    "__version__",
+    "forget_loss",
+    "load_rows",
+    "retain_loss",
+    "set_role",
+]
 
-__all__ = [*_HOME, "__version__"]
+_HOMES = {
+    "config": ("UnlearnConfig",),
+    "encode": ("Encoder", "Template"),
+    "errors": ("UserError",),
+    "evaluation.suite": ("Suite",),
+    "finetune": ("FinetuneConfig",),
+    "objective": ("Loss", "Objective", "forget_loss", "retain_loss"),
+    "optim": ("DualAdamW", "DualAdamWPlus", "set_role"),
+    "recipe": ("Recipe",),
+    "rows": ("load_rows",),
+    "schedule": ("Alternate", "Joint"),
+    "trainer": ("UnlearnTrainer",),
+    "types": ("Scored",),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'unlearn_llm' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"unlearn_llm.{_HOME[name]}"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"unlearn_llm.{home}"), name)
+    raise AttributeError(f"module 'unlearn_llm' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

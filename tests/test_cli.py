@@ -293,3 +293,16 @@ def test_an_earlier_evaluation_is_not_overwritten_unasked(unlearn, target):
 @pytest.mark.parametrize("limit", ["0", "-1", "some"])
 def test_a_limit_is_a_number_of_rows_or_all(unlearn, target, limit):
     refused(unlearn("eval", "target", "--suite", "synthetic", f"limit={limit}"), "limit")
+
+
+def test_unlike_kinds_of_objective_are_told_beside_their_ovr(unlearn, target):
+    limits = ["--suite", "synthetic", "limit=1", "max_new_tokens=2", "--output", "kinds"]
+    for kind in ("targeted", "untargeted"):
+        unlearn("eval", "target", *limits, f"objective_kind={kind}", "--overwrite")
+        made = target / "kinds" / "synthetic" / "target"
+        made.rename(target / "kinds" / kind)
+    both = [str(target / "kinds" / kind) for kind in ("targeted", "untargeted")]
+    shown = unlearn("eval", "--from", both[0], "--from", both[1])
+    assert "OVR is not comparable here (targeted targeted, untargeted untargeted)" in shown.out
+    alone = unlearn("eval", "--from", both[0])
+    assert "not comparable" not in alone.out

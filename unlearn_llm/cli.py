@@ -270,6 +270,11 @@ def _show_scores(found: dict[str, Any], as_json: bool, all_scores: bool = False)
         if all_scores or "/" not in score:
             shown.add_row(score, *(scores[score]["text"] for scores in rows.values()))
     Console().print(shown)
+    kinds = {name: details["suite"]["objective_kind"] for name, details in found.items()}
+    if len(set(kinds.values())) > 1:
+        listed = ", ".join(f"{Path(name).name} {kind}" for name, kind in kinds.items())
+        print(f"OVR is not comparable here ({listed}): give objective_kind=targeted for all, or")
+        print("objective_kind=untargeted. A targeted OVR counts TFE.")
     for name, scores in rows.items():
         notes = {n: s["note"] for n, s in scores.items() if s["value"] is None and "/" not in n}
         for score, note in notes.items():

@@ -11,7 +11,7 @@ from unlearn_llm.evaluation.evaluate import recompute
 from unlearn_llm.evaluation.records import SCORES, read_records
 from unlearn_llm.evaluation.report import read_details
 from unlearn_llm.evaluation.strict import validated
-from unlearn_llm.evaluation.suite import Suite
+from unlearn_llm.evaluation.suite import Suite, as_plain
 from unlearn_llm.models import ModelSettings, load_tokenizer
 from unlearn_llm.pipeline import RECIPE_FILE, run_evaluate
 from unlearn_llm.recipe import DataSettings, Recipe
@@ -81,10 +81,11 @@ def recompute_records(
         reasons = details.get("not_measured")
         scores = recompute(path, loaded, reference_records=reference, not_measured=reasons)
         found[str(path)] = {
+            "suite": as_plain(loaded),
             "scores": {
                 name: {**asdict(score), "aggregate": of_suite.aggregate}
                 for (name, score), of_suite in zip(scores.items(), made_of, strict=True)
-            }
+            },
         }
     return found
 

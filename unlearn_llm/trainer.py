@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -118,7 +119,7 @@ class UnlearnTrainer(Trainer):
         self._check_combination(args)
         select_trainable(model, args.trainable)
         keep_float32_masters(model, autocast=args.bf16)
-        if args.gradient_checkpointing and hasattr(model, "peft_config"):
+        if args.gradient_checkpointing and isinstance(model, PeftModel):
             # Checkpointed blocks drop gradients when their input needs none, as under LoRA
             # (trap 16; TRL does the same).
             model.enable_input_require_grads()

@@ -22,13 +22,15 @@ FLOORS: dict[int, tuple[str, ...]] = {
     0: ("types", "registry", "resources", "errors"),
     1: (
         "schedule", "objective", "plan", "losses", "losses/forget", "losses/retain",
-        "optim", "optim/dual", "synthetic", "synthetic_words", "yaml_text",
+        "optim", "optim/chunked", "optim/codec", "optim/dual", "optim/dual_plus", "optim/noise",
+        "optim/storage", "optim/task", "optim/triton_codec", "optim/triton_step", "optim/update",
+        "vocabulary", "synthetic", "synthetic_words", "yaml_text",
         "evaluation", "evaluation/requests", "evaluation/metrics", "evaluation/text_metrics",
         "evaluation/texts", "evaluation/aggregates", "evaluation/columns", "evaluation/scores",
         "evaluation/options", "evaluation/records",
     ),
     2: (
-        "encode", "rows", "dataset", "models", "scoring", "reference", "progress",
+        "dual_setup", "encode", "rows", "dataset", "models", "scoring", "reference", "progress",
         "evaluation/cache", "evaluation/judges", "evaluation/provenance", "evaluation/runner",
     ),
     3: (
@@ -42,7 +44,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
 }  # fmt: skip
 LIBRARIES: dict[int, tuple[str, ...]] = {  # what a floor may use beyond the floors below it
     0: ("torch",),
-    1: ("numpy", "scipy", "rouge_score", "yaml"),
+    1: ("numpy", "scipy", "rouge_score", "yaml", "triton"),
     2: (
         "transformers", "datasets", "peft", "accelerate", "tokenizers", "tqdm", "pyarrow",
         "safetensors", "sentence_transformers",

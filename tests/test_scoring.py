@@ -4,15 +4,22 @@ import math
 import pytest
 import torch
 from models_for_tests import REFUSALS, small_tokenizer, synthetic_pairs, tiny_model
+from tensor_watch import CountProducts, MadeLike
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from unlearn_llm import scoring
+from unlearn_llm import scoring, vocabulary
 from unlearn_llm.dataset import Collator, EncodedRows
 from unlearn_llm.encode import Encoder
 from unlearn_llm.losses.retain import kl
 from unlearn_llm.models import LoraSettings, add_lora
-from unlearn_llm.scoring import PLAIN_HEADS, hidden_states_for_logits, score
+from unlearn_llm.scoring import (
+    PLAIN_HEADS,
+    ChunkedDistribution,
+    Head,
+    hidden_states_for_logits,
+    score,
+)
 
 VOCABULARY = 600
 
@@ -34,7 +41,9 @@ def sequences():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(scoring, "CHUNK_BYTES", 3 * 4 * VOCABULARY)  # three positions at a time
+    # Three positions at a time, or of all positions some columns.
+    for module in (scoring, vocabulary):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 3 * 4 * VOCABULARY)
 
 
 def full_logps(model, part, positions="answer"):
@@ -101,13 +110,17 @@ def test_the_size_of_chunks_changes_nothing(sequences, monkeypatch):
     model = tiny_model("phi")
     found = []
     for rows in (1, 7, 10_000):
-        monkeypatch.setattr(scoring, "CHUNK_BYTES", rows * 4 * VOCABULARY)
+        for module in (scoring, vocabulary):
+            monkeypatch.setattr(module, "CHUNK_BYTES", rows * 4 * VOCABULARY)
         found.append(score(model, sequences)["original"].logp)
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(found[0], found[2], rtol=1e-6, atol=1e-5)
 
 
-def test_answers_scored_together_are_scored_as_alone(sequences):
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_answers_scored_together_are_scored_as_alone(sequences, monkeypatch, device):
+    if device == "gpu":  # one forward pass for all answers
+        monkeypatch.setattr(scoring, "_forward_passes", lambda sequences: [list(sequences)])
     model = tiny_model()
     together = score(model, sequences)
     for answer, part in sequences.items():
@@ -141,6 +154,115 @@ def test_kl_over_chunks_is_that_of_full_logits(sequences, small_chunks):
     p, q = (model(**inputs).logits[:, :-1].log_softmax(-1) for model in (policy, reference))
     divergence = (q.exp() * (q - p)).sum(-1) * inputs["attention_mask"][:, 1:]
     torch.testing.assert_close(ours, divergence.sum(1), rtol=1e-4, atol=1e-5)
+
+
+# Heads that are more than a weight and a bias are asked themselves.
+
+
+class OddHead(torch.nn.Linear):
+    """Stands for Linear4bit and the like: what its weight holds is its own business."""
+
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+class Doubled(torch.Tensor):
+    """Stands for a sharded weight: a subclass of Tensor."""
+
+
+def give_head(model, how):
+    head = model.lm_head
+    if how == "subclass":
+        model.lm_head = OddHead(32, VOCABULARY)
+        model.lm_head.load_state_dict(head.state_dict())
+    elif how == "forward of its own":
+        head.forward = lambda hidden: 2 * torch.nn.functional.linear(hidden, head.weight, head.bias)
+    else:
+        head.weight = torch.nn.Parameter(head.weight.detach().as_subclass(Doubled))
+    return model
+
+
+HEADS = ["subclass", "forward of its own", "subclass of its weight"]
+
+
+@pytest.mark.parametrize("how", HEADS)
+def test_an_odd_head_is_asked_itself(sequences, small_chunks, how):
+    model = give_head(tiny_model("phi"), how)
+    with hidden_states_for_logits(model) as head:
+        assert head.linear is None
+    part = {"original": sequences["original"]}
+    with torch.no_grad():
+        found = score(model, part)["original"].token_logps
+        expected = full_logps(model, part["original"])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_a_plain_head_is_not_asked(sequences):
+    with hidden_states_for_logits(tiny_model("phi")) as head:
+        assert head.linear is not None
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_what_chunks_of_the_vocabulary_give_is_what_whole_distributions_give(
+    sequences, small_chunks, family
+):
+    policy, reference = tiny_model(family, seed=0), tiny_model(family, seed=1)
+    with torch.no_grad():
+        theirs = score(reference, sequences)["original"].distribution
+    scored = score(policy, sequences)["original"]
+    weights = list(policy.get_output_embeddings().parameters())
+
+    def ask(distribution, other):
+        return [
+            distribution.token_logps(),
+            distribution.divergence_from_uniform(),
+            distribution.kl_from(other),
+        ]
+
+    def whole(distribution):
+        head = Head(distribution.head.apply, distribution.vocabulary)
+        return ChunkedDistribution(distribution.hidden, distribution.targets, head)
+
+    ours = ask(scored.distribution, theirs)
+    expected = ask(whole(scored.distribution), whole(theirs))
+    for value, expected_value in zip(ours, expected, strict=True):
+        torch.testing.assert_close(value, expected_value, rtol=1e-5, atol=1e-5)
+        grads, expected_grads = (
+            torch.autograd.grad(v.sum(), weights, retain_graph=True)
+            for v in (value, expected_value)
+        )
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            scale = float(expected_grad.abs().max())
+            torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_log_probabilities_and_divergences_of_all_answers_are_one_product(sequences):
+    scored = score(tiny_model("phi"), sequences)
+    with CountProducts() as counted:
+        for answer in scored.values():
+            answer.logp.sum()
+            answer.distribution.divergence_from_uniform().sum()
+    assert counted.products == 1
+
+
+def test_two_answers_make_one_gradient_of_the_head(sequences):
+    # Two, to be added up, would double the peak of a large vocabulary.
+    model = tiny_model("phi")
+    scored = score(model, sequences)
+    given = [model.lm_head.weight]
+    margin = (scored["original"].logp - scored["idk"].logp).sum()
+    with MadeLike(model.lm_head.weight) as made:
+        torch.autograd.grad(margin, given)
+    assert made.count == 1
+
+
+def test_distributions_over_other_vocabularies_are_not_compared(sequences):
+    ours = score(tiny_model("phi"), sequences)["original"].distribution
+    other = torch.nn.Linear(32, VOCABULARY + 1)
+    head = Head(other.forward, VOCABULARY + 1, other)
+    theirs = ChunkedDistribution(ours.hidden.detach(), ours.targets, head)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        ours.kl_from(theirs)
 
 
 # Families: whether the head alone makes the logits.
@@ -233,7 +355,8 @@ def test_only_hidden_states_are_kept_for_the_backward_pass(sequences, small_chun
         scored["original"].logp.sum()
     parameters = {p.data_ptr() for p in model.parameters()}
     n_bytes = sum(t.nbytes for t in kept if t.data_ptr() not in parameters)
-    n_scored = int(scored["original"].mask.sum())
+    # Of both answers, which are walked through together.
+    n_scored = sum(int(answer.mask.sum()) for answer in scored.values())
     # Per position: its hidden state, its target and its place; not its 600 log-probabilities.
     assert n_bytes <= n_scored * (4 * 32 + 8) + 6 * scored["original"].mask.numel() * 8
     assert n_bytes < n_scored * 4 * VOCABULARY / 2

@@ -38,7 +38,9 @@ class UnlearnConfig(TrainingArguments):
     optimizer: str | None = None
     """dual_adamw, dual_adamw_plus or package.module:Class; null: the Trainer's own `optim`."""
     optimizer_parameters: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the optimiser, such as {betas: [0.9, 0.95]}."""
+    """Keyword arguments of the optimiser, such as {betas: [0.9, 0.95], state_bits: 8}."""
+    quantize_embeddings: bool = False
+    """With state_bits: 8, keep the moments of embeddings in 8 bits too."""
     forget_learning_rate: float | None = None
     """Learning rate of forget steps; null: learning_rate."""
     averaging: Literal["window", "micro_batch"] = "window"

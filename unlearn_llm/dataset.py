@@ -115,8 +115,11 @@ class Collator:
     """
 
     pad_id: int
-    multiple: int = 8
-    """Lengths are rounded up to a multiple of this: few distinct shapes, aligned kernels."""
+    multiple: int = 4
+    """Lengths are rounded up to a multiple of this: few distinct shapes, aligned kernels.
+
+    TOFU rows have about 70 tokens: 8 would compute 3% more of them.
+    """
 
     def pad(self, lists: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
         """Stack lists of numbers into (B, T), filled up on the right."""

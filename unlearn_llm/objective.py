@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unlearn_llm.errors import UserError
 from unlearn_llm.registry import Registry, did_you_mean
-from unlearn_llm.types import Answer, Scored
+from unlearn_llm.types import IGNORE_INDEX, Answer, Scored, Sequences
 
 LossFn = Callable[..., Tensor]
 Per = Literal["token", "sequence"]
@@ -52,6 +52,19 @@ class Loss:
         """Compute the loss of every sequence, (B,)."""
         scored = (policy,) if self.reference is None else (policy, reference)
         return self.function(*scored, **self.parameters)
+
+    def count(self, sequences: Mapping[Answer, Sequences]) -> int:
+        """Count what the loss is averaged by: scored tokens of its answers, or sequences."""
+        if self.per == "sequence":
+            return len(sequences[self.answers[0]]["rows"])
+        counted = 0
+        for answer in self.answers:
+            batch = sequences[answer]
+            if self.positions == "answer":
+                counted += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+            else:
+                counted += int(batch["attention_mask"][:, 1:].sum())
+        return counted
 
     def bind(self, parameters: Mapping[str, Any]) -> "Loss":
         """Give keyword arguments of the loss.

@@ -1,20 +1,26 @@
 """The only forward pass of training: what a model says about sequences.
 
 The output head is applied to the chosen positions only, in chunks, and each chunk is recomputed
-in the backward pass. So at most one chunk of (positions x vocabulary) is alive at a time.
+in the backward pass. So at most one chunk of (positions x vocabulary) is alive at a time. What the
+published losses read comes from chunks of the vocabulary, whole distributions from chunks of
+positions.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unlearn_llm.objective import Positions
 from unlearn_llm.types import IGNORE_INDEX, Answer, Distribution, Scored, Sequences
+from unlearn_llm.vocabulary import Logits, LogitStatistics, kl_divergence, logit_statistics
 
 CHUNK_BYTES = 64 * 2**20
 """Size of one float32 chunk of (positions x vocabulary)."""
@@ -27,10 +33,28 @@ PLAIN_HEADS = {"llama", "phi", "phi3", "mistral", "qwen2", "qwen3", "gpt2", "gpt
 class ChunkedDistribution:
     """Next-token distributions at N positions, from hidden states and the output head."""
 
-    def __init__(self, hidden: Tensor, head: Callable[[Tensor], Tensor], vocabulary: int) -> None:
+    def __init__(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        head: "Head",
+        joint: "_Joint | None" = None,
+        part: slice = slice(None),
+    ) -> None:
+        """Take hidden states and what makes logits of them.
+
+        Args:
+            hidden: (N, H), or (N, V) logits where the head is the identity.
+            targets: (N,) int64, the tokens that came next.
+            joint: The positions of all answers, of which these are `part`; None: there are no
+                others.
+        """
         self.hidden = hidden
+        self.targets = targets
         self.head = head
-        self.vocabulary = vocabulary
+        self.vocabulary = head.vocabulary
+        self._joint = joint or _Joint(hidden, targets, head.linear)
+        self._part = part
 
     def map(self, function: Callable[..., Tensor], *others: Distribution | Tensor) -> Tensor:
         """Apply `function(logps, *others)` chunk by chunk; see types.Distribution."""
@@ -46,17 +70,73 @@ class ChunkedDistribution:
             chunks.append(chunk)
         return torch.cat(chunks)
 
+    def token_logps(self) -> Tensor:
+        """Compute log-probabilities of the targets; see types.Distribution."""
+        if self._joint.logits is None:
+            return self.map(_logp_of_target, self.targets)
+        statistics = self._joint.statistics
+        return (statistics.target - statistics.logsumexp)[self._part]
+
+    def divergence_from_uniform(self) -> Tensor:
+        """Compute KL(uniform || model); see types.Distribution."""
+        if self._joint.logits is None:
+            return self.map(_divergence_from_uniform)
+        statistics = self._joint.statistics
+        divergence = statistics.logsumexp - statistics.mean - math.log(self.vocabulary)
+        return divergence[self._part]
+
+    def kl_from(self, reference: Distribution) -> Tensor:
+        """Compute KL(reference || model); see types.Distribution."""
+        ours = self._linear_logits()
+        theirs = reference._linear_logits() if isinstance(reference, ChunkedDistribution) else None
+        same_tokens = reference.vocabulary == self.vocabulary
+        if ours is None or theirs is None or theirs.hidden.requires_grad or not same_tokens:
+            return self.map(_kl_divergence, reference)
+        return kl_divergence(theirs, ours)
+
+    def _linear_logits(self) -> Logits | None:
+        linear = self.head.linear
+        return None if linear is None else Logits(self.hidden, linear.weight, linear.bias)
+
     def _chunk(self, function: Callable[..., Tensor], hidden: Tensor, *parts: Any) -> Tensor:
         others = [p._logps(p.hidden) if isinstance(p, ChunkedDistribution) else p for p in parts]
         return function(self._logps(hidden), *others)
 
     def _logps(self, hidden: Tensor) -> Tensor:
-        return torch.log_softmax(self.head(hidden).float(), dim=-1)
+        return torch.log_softmax(self.head.apply(hidden).float(), dim=-1)
+
+
+class _Joint:
+    """The positions of all answers: walked through together, the head gets one gradient."""
+
+    def __init__(self, hidden: Tensor, targets: Tensor, linear: nn.Linear | None) -> None:
+        self.hidden = hidden
+        self.targets = targets
+        self.logits = None if linear is None else Logits(hidden, linear.weight, linear.bias)
+
+    @cached_property
+    def statistics(self) -> LogitStatistics:
+        """What log-probabilities and divergences are made of, at all positions."""
+        assert self.logits is not None
+        return logit_statistics(self.logits, self.targets)
+
+
+def _logp_of_target(logps: Tensor, targets: Tensor) -> Tensor:
+    return logps.gather(-1, targets[:, None]).squeeze(-1)
+
+
+def _divergence_from_uniform(logps: Tensor) -> Tensor:
+    return -math.log(logps.shape[-1]) - logps.mean(-1)
+
+
+def _kl_divergence(logps: Tensor, reference_logps: Tensor) -> Tensor:
+    return F.kl_div(logps, reference_logps, reduction="none", log_target=True).sum(-1)
 
 
 def _slice(other: Distribution | Tensor, start: int, stop: int) -> Any:
     if isinstance(other, ChunkedDistribution):
-        return ChunkedDistribution(other.hidden[start:stop], other.head, other.vocabulary)
+        part = slice(start, stop)
+        return ChunkedDistribution(other.hidden[part], other.targets[part], other.head)
     if isinstance(other, Tensor):
         return other[start:stop]
     raise TypeError(f"Expected a ChunkedDistribution or a tensor, got {type(other).__name__}.")
@@ -65,52 +145,96 @@ def _slice(other: Distribution | Tensor, start: int, stop: int) -> Any:
 def score(
     model: nn.Module, sequences: Mapping[Answer, Sequences], positions: Positions = "answer"
 ) -> dict[Answer, Scored]:
-    """Score sequences with one forward pass for all answers.
+    """Score sequences with a forward pass, on a CPU one for each answer.
 
     Args:
         model: A causal language model, wrapped (DDP, peft) or not.
         sequences: By answer; each (B, T), T may differ.
         positions: "answer": the labelled tokens; "attended": every real token.
     """
-    joined = _join(list(sequences.values()))
-    inputs = {key: joined[key] for key in ("input_ids", "attention_mask")}
+    hidden, masks, targets = {}, {}, {}
     with hidden_states_for_logits(model) as head:
-        outputs = model(**inputs, use_cache=False).logits[:, :-1]  # (B, T-1, H), or V without head
-    targets = joined["input_ids"][:, 1:]
+        for answers in _forward_passes(sequences):
+            joined = _join([sequences[answer] for answer in answers])
+            outputs = model(**joined, use_cache=False).logits  # (B, T, H), or V without head
+            n_rows = [len(sequences[answer]["input_ids"]) for answer in answers]
+            for answer, rows in zip(answers, outputs.split(n_rows), strict=True):
+                mask = _scored_positions(sequences[answer], positions)
+                hidden[answer] = rows[:, : mask.shape[1]][mask]
+                masks[answer] = mask
+                targets[answer] = sequences[answer]["input_ids"][:, 1:]
+    next_tokens = {answer: targets[answer][mask] for answer, mask in masks.items()}
+    found = distributions(hidden, next_tokens, head)
+    return {a: Scored(masks[a], targets[a], found[a]) for a in sequences}
+
+
+def _forward_passes(sequences: Mapping[Answer, Sequences]) -> list[list[Answer]]:
+    """Which answers go through the model together.
+
+    On a CPU each for itself, without padding to the longest answer: of TOFU's answers and refusals
+    that is a sixth of the tokens. A GPU would rather have one large batch than two small ones.
+    """
+    answers = list(sequences)
+    on_cpu = sequences[answers[0]]["input_ids"].device.type == "cpu"
+    return [[answer] for answer in answers] if on_cpu else [answers]
+
+
+def _scored_positions(sequences: Sequences, positions: Positions) -> Tensor:
+    """(B, T-1) bool: where the next token counts."""
     if positions == "answer":
-        mask = joined["labels"][:, 1:] != IGNORE_INDEX
-    else:
-        mask = joined["attention_mask"][:, 1:].bool()
-    scored, start = {}, 0
-    for answer, rows in sequences.items():
-        n_rows, width = rows["input_ids"].shape
-        part = slice(start, start + n_rows), slice(width - 1)  # without the padding of _join
-        start += n_rows
-        distribution = ChunkedDistribution(outputs[part][mask[part]], head.apply, head.vocabulary)
-        scored[answer] = Scored(mask[part], targets[part], distribution)
-    return scored
+        return sequences["labels"][:, 1:] != IGNORE_INDEX
+    return sequences["attention_mask"][:, 1:].bool()
+
+
+def distributions(
+    hidden: Mapping[Answer, Tensor], targets: Mapping[Answer, Tensor], head: "Head"
+) -> dict[Answer, ChunkedDistribution]:
+    """Give each answer's distributions; a plain head is applied to all of them together.
+
+    Args:
+        hidden: By answer (N, H), or (N, V) logits where the head is the identity; N may differ.
+        targets: By answer (N,) int64, the tokens that came next.
+    """
+    if head.linear is None:
+        return {a: ChunkedDistribution(hidden[a], targets[a], head) for a in hidden}
+    joint = _Joint(torch.cat(list(hidden.values())), torch.cat(list(targets.values())), head.linear)
+    found, start = {}, 0
+    for answer, own in targets.items():
+        part = slice(start, start + len(own))
+        found[answer] = ChunkedDistribution(joint.hidden[part], own, head, joint, part)
+        start = part.stop
+    return found
 
 
 def _join(parts: Sequence[Sequences]) -> dict[str, Tensor]:
     """Stack the answers' sequences into one batch, padded to the longest."""
     width = max(part["input_ids"].shape[1] for part in parts)
-    fills = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
     return {
-        key: torch.cat([_widen(part[key], width, fill) for part in parts])  # type: ignore[literal-required]
-        for key, fill in fills.items()
+        "input_ids": torch.cat([_widen(part["input_ids"], width) for part in parts]),
+        "attention_mask": torch.cat([_widen(part["attention_mask"], width) for part in parts]),
     }
 
 
-def _widen(tensor: Tensor, width: int, fill: int) -> Tensor:
-    return nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=fill)
+def _widen(tensor: Tensor, width: int) -> Tensor:
+    return F.pad(tensor, (0, width - tensor.shape[1]))
 
 
 class Head:
-    """The output head of a model, or the identity where logits are read whole."""
+    """The output head of a model, or the identity where logits are read whole.
 
-    def __init__(self, apply: Callable[[Tensor], Tensor], vocabulary: int) -> None:
+    Attributes:
+        linear: The head's module, if it does nothing but multiply with its own plain weight.
+    """
+
+    def __init__(
+        self,
+        apply: Callable[[Tensor], Tensor],
+        vocabulary: int,
+        linear: nn.Linear | None = None,
+    ) -> None:
         self.apply = apply
         self.vocabulary = vocabulary
+        self.linear = linear
 
 
 @contextmanager
@@ -127,12 +251,25 @@ def hidden_states_for_logits(model: nn.Module) -> Iterator[Head]:
         return
     vocabulary = head.out_features
     original = head.forward
+    own = vars(head).get("forward")  # accelerate's offloading puts one there
+    linear = head if _is_plain_linear(head) else None
     # On the instance, so that the class and other models stay as they are.
     head.forward = nn.Identity().forward  # type: ignore[method-assign]
     try:
-        yield Head(original, vocabulary)
+        yield Head(original, vocabulary, linear)
     finally:
         del head.forward
+        if own is not None:
+            head.forward = own  # type: ignore[method-assign]
+
+
+def _is_plain_linear(head: nn.Linear) -> bool:
+    """No subclass (4 bits), no sharded or quantised weight, no forward put in its place."""
+    return (
+        type(head) is nn.Linear
+        and type(head.weight) is nn.Parameter
+        and "forward" not in vars(head)
+    )
 
 
 def unwrapped(model: nn.Module) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
@@ -17,6 +18,7 @@ import unlearn_llm.losses  # noqa: F401  registers the names of the losses
 from unlearn_llm.callbacks import ForgetLearningRate, forget_lr_scale
 from unlearn_llm.config import UnlearnConfig, check_one_role
 from unlearn_llm.dataset import Collator, EncodedRows, RoleDataset, read_refusals
+from unlearn_llm.dual_setup import check_eight_bit, observations, set_up
 from unlearn_llm.encode import CHAT, Encoder, check_context
 from unlearn_llm.errors import NonFiniteError, UserError
 from unlearn_llm.models import keep_float32_masters, select_trainable
@@ -28,7 +30,7 @@ from unlearn_llm.reference import Reference, choose_reference
 from unlearn_llm.rows import QA, check_disjoint, to_pairs
 from unlearn_llm.schedule import Schedule, ScheduledSampler
 from unlearn_llm.scoring import score
-from unlearn_llm.types import IGNORE_INDEX, ROLES, Batch, Role, Sequences
+from unlearn_llm.types import ROLES, Batch, Role
 
 Rows = Sequence[QA] | Sequence[Mapping[str, Any]]
 NO_EVALUATION = (
@@ -145,11 +147,27 @@ class UnlearnTrainer(Trainer):
                 f"{self.objective.name} compares with a reference model, which does not work with "
                 "weights spread over the ranks (FSDP, DeepSpeed). Use DDP or LoRA."
             )
+        fsdp: Any = self.accelerator.state.fsdp_plugin
+        check_eight_bit(
+            args.optimizer_parameters,
+            fsdp1=fsdp is not None and fsdp.fsdp_version == 1,
+            deepspeed=self.is_deepspeed_enabled,
+        )
         # Tells the Trainer that losses are not divided by num_items_in_batch (trap 8).
         self.model_accepts_loss_kwargs = False
         self.reference = reference
         self.role_log = RoleLog()
         self._denominators: dict[Role, Tensor | None] = {}
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Make the optimiser and tell a dual one about the model."""
+        optimizer: Optimizer = super().create_optimizer(model)
+        set_up(
+            optimizer,
+            model or self.model,  # type: ignore[arg-type]  # there is one by now
+            quantize_embeddings=self.args.quantize_embeddings,
+        )
+        return optimizer
 
     # Data: the plan of the whole run.
 
@@ -195,7 +213,7 @@ class UnlearnTrainer(Trainer):
             set_role(self.optimizer, roles[0])
         if self.args.averaging == "window":
             counts = torch.tensor(
-                [sum(_count(self._loss(role), batch[role]) for batch in batches) for role in roles],
+                [sum(self._loss(role).count(batch[role]) for batch in batches) for role in roles],
                 device=self.accelerator.device,
             )
             totals = self.accelerator.reduce(counts, "sum")
@@ -230,7 +248,7 @@ class UnlearnTrainer(Trainer):
                 if self.args.averaging == "window":
                     denominator: Any = self._denominators[role]
                 else:
-                    denominator = _count(loss, sequences) * accumulation * ranks
+                    denominator = loss.count(sequences) * accumulation * ranks
                 share = values.sum() / denominator
                 self.role_log.add_loss(role, share.detach())
                 total = total + self._weight(role) * share
@@ -292,6 +310,7 @@ class UnlearnTrainer(Trainer):
             base = logs.pop("learning_rate")
             rates: dict[Role, float] = {"forget": base * forget_lr_scale(self.args), "retain": base}
             logs.update(self.role_log.drain(rates))
+            logs.update(observations(self.optimizer))
             for role, rows in self.role_rows.rows.items():
                 steps = sum(role in self.schedule.roles(i) for i in range(self.state.global_step))
                 logs[f"{role}/epoch"] = steps * self._window_rows / len(rows)
@@ -379,17 +398,3 @@ def _as_pairs(rows: Rows, where: str) -> list[QA]:
     if isinstance(rows[0], QA):
         return list(rows)  # type: ignore[arg-type]
     return to_pairs(list(rows), where)  # type: ignore[arg-type]
-
-
-def _count(loss: Loss, sequences: Mapping[str, Sequences]) -> int:
-    """Count what the loss is averaged by: scored tokens of its answers, or sequences."""
-    if loss.per == "sequence":
-        return len(sequences[loss.answers[0]]["rows"])
-    counted = 0
-    for answer in loss.answers:
-        batch = sequences[answer]
-        if loss.positions == "answer":
-            counted += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-        else:
-            counted += int(batch["attention_mask"][:, 1:].sum())
-    return counted

@@ -49,6 +49,18 @@ class Distribution(Protocol):
         """
         ...
 
+    def token_logps(self) -> Tensor:
+        """(N,) log-probabilities in nats of the tokens that came next."""
+        ...
+
+    def divergence_from_uniform(self) -> Tensor:
+        """(N,) KL(uniform || model) in nats. Costs little after `token_logps`."""
+        ...
+
+    def kl_from(self, reference: "Distribution") -> Tensor:
+        """(N,) KL(reference || model) in nats; the reference over the same positions."""
+        ...
+
 
 class Scored:
     """What a model says about B sequences of T tokens.
@@ -79,8 +91,7 @@ class Scored:
         """(B, T-1) log-probabilities of the targets in nats, 0 where `mask` is False."""
         if self.distribution is None:
             raise ValueError("Scored needs a distribution or token_logps; got neither.")
-        chosen = self.distribution.map(_logp_of_target, self.targets[self.mask])
-        return self.spread(chosen)
+        return self.spread(self.distribution.token_logps())
 
     @property
     def logp(self) -> Tensor:
@@ -96,7 +107,3 @@ class Scored:
         """Put (N,) values of the True positions back into (B, T-1), 0 elsewhere."""
         full = values.new_zeros(self.mask.shape)
         return full.masked_scatter(self.mask, values)
-
-
-def _logp_of_target(logps: Tensor, targets: Tensor) -> Tensor:
-    return logps.gather(-1, targets[:, None]).squeeze(-1)

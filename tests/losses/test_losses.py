@@ -12,7 +12,7 @@ import torch
 import unlearn_llm.losses  # noqa: F401  registers the names
 from unlearn_llm.errors import UserError
 from unlearn_llm.objective import FORGET_LOSSES, RETAIN_LOSSES, Objective
-from unlearn_llm.scoring import ChunkedDistribution
+from unlearn_llm.scoring import ChunkedDistribution, Head
 from unlearn_llm.types import Scored
 
 VOCABULARY = 7
@@ -48,8 +48,10 @@ def scored(logits, positions):
         labels, attention = padded(LABELS[answer], -100), padded(ATTENTION[answer], 0)
         mask = (labels if positions == "answer" else attention)[:, 1:]
         mask = mask != -100 if positions == "answer" else mask.bool()
-        distribution = ChunkedDistribution(values[:, :-1][mask], lambda rows: rows, VOCABULARY)
-        result[answer] = Scored(mask, labels[:, 1:].clamp(min=0), distribution)
+        targets = labels[:, 1:].clamp(min=0)
+        head = Head(lambda rows: rows, VOCABULARY)
+        distribution = ChunkedDistribution(values[:, :-1][mask], targets[mask], head)
+        result[answer] = Scored(mask, targets, distribution)
     return result
 
 

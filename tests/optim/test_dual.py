@@ -351,5 +351,5 @@ def test_sparse_gradients_are_refused(optimizer_class):
     embedding = torch.nn.Embedding(4, 2, sparse=True)
     optimizer = optimizer_class(embedding.parameters())
     embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match=r"got a sparse one for a parameter of shape \(4, 2\)"):
+    with pytest.raises(RuntimeError, match=r"got a sparse one for parameter 0 of shape \(4, 2\)"):
         optimizer.step()

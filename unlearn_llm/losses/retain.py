@@ -31,12 +31,7 @@ def kl(policy: Scores, reference: Scores) -> Tensor:
     """
     ours, theirs = policy["original"], reference["original"]
     assert ours.distribution is not None and theirs.distribution is not None
-    divergence = ours.distribution.map(_kl_divergence, theirs.distribution)
-    return ours.spread(divergence).sum(-1)
-
-
-def _kl_divergence(logps: Tensor, reference_logps: Tensor) -> Tensor:
-    return F.kl_div(logps, reference_logps, reduction="none", log_target=True).sum(-1)
+    return ours.spread(ours.distribution.kl_from(theirs.distribution)).sum(-1)
 
 
 @retain_loss("ap", per="sequence", answers=("original", "idk"))

@@ -16,7 +16,8 @@ pass does the same.
 
 from torch.optim import Optimizer
 
-from unlearn_llm.optim.dual import DualAdamW, DualAdamWPlus, set_role
+from unlearn_llm.optim.dual import DualAdamW, set_role
+from unlearn_llm.optim.dual_plus import DualAdamWPlus
 from unlearn_llm.registry import Registry
 
 OPTIMIZERS: Registry[type[Optimizer]] = Registry("optimizer")

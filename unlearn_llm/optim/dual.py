@@ -1,28 +1,40 @@
 """DualOptim and DualOptim+: AdamW whose moments know which role a gradient came from.
 
-The two pure update functions are the specification; the classes below them only allocate, loop
-and load. Who decides the role of a step is not here: see `set_role`.
+These classes allocate, loop and load; the arithmetic is in `update`. Who decides the role of a
+step is not here either: see `set_role`.
 """
 
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
+from itertools import accumulate, chain
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from unlearn_llm.optim import chunked
+from unlearn_llm.optim.noise import noise_key
+from unlearn_llm.optim.storage import (
+    allocate,
+    can_quantize,
+    is_moment_state,
+    local,
+    moment_names,
+    stored,
+)
+from unlearn_llm.optim.task import Rule, Task
+from unlearn_llm.optim.update import Coefficients, Observed, coefficients
 from unlearn_llm.types import ROLES, Role
 
-BaseOrder = Literal["lagged", "base_first"]
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Rounding = Literal["nearest", "stochastic"]
+Kernel = Callable[[Sequence[Task], Coefficients, Rule], Observed | None]
 
-
-class Moments(NamedTuple):
-    """Running averages of a gradient and of its square, one shape."""
-
-    mean: Tensor
-    square: Tensor
+WORTH_COMPILING = 2**25
+"""Entries from which torch.compile's seconds come back within a usual run on a CPU."""
 
 
 def set_role(optimizer: Optimizer, role: Role) -> None:
@@ -41,141 +53,43 @@ def set_role(optimizer: Optimizer, role: Role) -> None:
         group["role"] = role
 
 
-def dual_update(
-    param: Tensor,
-    grad: Tensor,
-    *,
-    moments: Moments,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    role_step: int,
-) -> None:
-    """Apply one DualOptim step to one parameter, in place and without autograd.
+class Observations(NamedTuple):
+    """What the DualOptim+ steps of one role met, over some steps."""
 
-    This is AdamW on the moments of one role; the other role's moments are not seen.
-
-    Args:
-        param: (*) any float dtype. The arithmetic is that of the moments.
-        grad: (*) of this role's loss, after clipping.
-        moments: First and second moment of this role, (*) each.
-        lr: Learning rate of this role.
-        betas: Decay of the first and the second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled, applied before the step with `lr`.
-        role_step: Steps of this role, counting this one.
-
-    Source: DualOptim, arXiv 2504.15827; CityU-MLO/DualOptim@a95ef74 custom_optimizer.py.
-        Differs: the decay comes before the step, as in torch's AdamW and in DualOptim+, where
-        bitsandbytes' kernels decay after it (a difference of order lr²); the role is given, not
-        counted (trap 1).
-    """
-    grad = grad.to(moments.mean.dtype)
-    _track(moments, grad, grad * grad, betas)
-    _descend(param, _corrected(moments, betas, role_step), lr, eps, weight_decay)
-
-
-def dual_plus_update(
-    param: Tensor,
-    grad: Tensor,
-    *,
-    base: Moments,
-    delta: Moments,
-    lr: float,
-    betas: tuple[float, float],
-    base_betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    role_step: int,
-    total_step: int,
-    base_order: BaseOrder = "lagged",
-) -> None:
-    """Apply one DualOptim+ step to one parameter, in place and without autograd.
-
-    The direction is Adam's, with moments split into a base shared by both roles and a delta of
-    this role; the delta tracks the gradient minus the base. "lagged" updates the base last, so
-    that a step sees the base of the step before; "base_first" updates it first.
-
-    Args:
-        param: (*) any float dtype. The arithmetic is that of the moments.
-        grad: (*) of this role's loss, after clipping.
-        base: First and second moment shared by the roles, (*) each.
-        delta: First and second moment of this role, (*) each. The second may be negative.
-        lr: Learning rate of this role.
-        betas: Decay of the delta's first and second moment.
-        base_betas: Decay of the base's first and second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled, applied before the step with `lr`.
-        role_step: Steps of this role, counting this one.
-        total_step: Steps of both roles, counting this one.
-        base_order: "lagged" as released, "base_first" as in the talk's equations (4) to (6).
-
-    Source: DualOptim+; CityU-MLO/DualOptimPlus@b370724 trainer/custom_optimizer_plus.py
-        adam_decouple_plus_step ("v5"). Differs: no difference in the update; the role is given,
-        not counted (trap 1). "base_first" adds the bias correction that the talk leaves out.
-    """
-    grad = grad.to(base.mean.dtype)
-    grad_square = grad * grad
-    if base_order == "base_first":
-        _track(base, grad, grad_square, base_betas)
-        base_step = total_step
-    else:
-        # Nothing was tracked before the first step: a zero base, whatever it is divided by.
-        base_step = max(total_step - 1, 1)
-    shared = _corrected(base, base_betas, base_step)
-    _track(delta, grad - shared.mean, grad_square - shared.square, betas)
-    moments = _corrected(delta, betas, role_step)
-    moments.mean.add_(shared.mean)
-    # The delta of the squares is signed, and so is its sum with the base; the released step takes
-    # the magnitude. Where the sum crosses zero the step is large: a known trait, kept.
-    moments.square.add_(shared.square).abs_()
-    _descend(param, moments, lr, eps, weight_decay)
-    if base_order == "lagged":
-        _track(base, grad, grad_square, base_betas)
-
-
-def _track(moments: Moments, mean: Tensor, square: Tensor, betas: tuple[float, float]) -> None:
-    moments.mean.lerp_(mean, 1 - betas[0])
-    moments.square.lerp_(square, 1 - betas[1])
-
-
-def _corrected(moments: Moments, betas: tuple[float, float], step: int) -> Moments:
-    """Undo the pull of the zero start; the result is new tensors."""
-    return Moments(
-        moments.mean / (1 - betas[0] ** step),
-        moments.square / (1 - betas[1] ** step),
-    )
-
-
-def _descend(param: Tensor, moments: Moments, lr: float, eps: float, weight_decay: float) -> None:
-    """Decay and move the parameter. Overwrites the moments, which the caller made for this."""
-    value = param.to(moments.mean.dtype)  # param itself, unless it is bfloat16 or float16
-    value.mul_(1 - lr * weight_decay)
-    value.sub_(moments.mean.mul_(lr).div_(moments.square.sqrt_().add_(eps)))
-    if value is not param:
-        param.copy_(value)
+    negative_square: float
+    """Fraction of entries whose second moment came out negative."""
+    largest_update: float
+    """Largest |step| / lr, before any bound."""
 
 
 class DualAdamW(Optimizer):
     """DualOptim: AdamW with one pair of moments per role.
 
     Every step trains one role, which `set_role` sets beforehand; before anybody does, it is
-    "retain". Moments and arithmetic are float32 (float64 for float64 parameters). A step of a
-    usual size is lost in the rounding of a bfloat16 parameter: keep float32 parameters.
+    "retain". Arithmetic is float32 (float64 for float64 parameters), and so are the moments,
+    unless they are kept in 8 bits. A step of a usual size is lost in the rounding of a bfloat16
+    parameter: keep float32 parameters.
 
     Args:
-        params: Parameters, groups or named parameters, as torch's optimisers take them.
+        params: Parameters, groups or named parameters, as torch's optimisers take them. A group
+            may have a `state_bits` of its own.
         lr: Learning rate of a retain step.
         betas: Decay of the first and the second moment.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled, with the learning rate of the step's role.
         forget_lr_scale: A forget step's learning rate is `lr` times this.
+        state_bits: 32, or 8: one byte per moment and entry, and 4 per 256 entries.
+        min_8bit_size: Parameters with fewer entries keep float32 moments.
+        rounding: How new moments become bytes. "nearest" as published; "stochastic" does not lose
+            the small changes of slow averages, and is the same in every run.
+        refuse_nonfinite: With 8 bits, look for infinities in the gradients before a step, which
+            would spoil whole blocks. Switch it off where somebody else looks.
+        compile: On a CPU, run through torch.compile; None: where the parameters are many enough.
 
     Raises:
         ValueError: An argument out of its range.
 
-    Source: `dual_update`.
+    Source: `update.dual_update`; 8 bits as in bitsandbytes, arXiv:2110.02861.
     """
 
     _owners: ClassVar[tuple[str, ...]] = ROLES
@@ -189,20 +103,33 @@ class DualAdamW(Optimizer):
         weight_decay: float = 0.01,
         *,
         forget_lr_scale: float = 1.0,
+        state_bits: int = 32,
+        min_8bit_size: int = 4096,
+        rounding: Rounding = "nearest",
+        refuse_nonfinite: bool = True,
+        compile: bool | None = None,
     ) -> None:
         _check_not_negative(
             lr=lr, eps=eps, weight_decay=weight_decay, forget_lr_scale=forget_lr_scale
         )
-        _check_betas("betas", betas)
+        check_betas("betas", betas)
+        check_choice("state_bits", state_bits, (32, 8))
+        check_choice("rounding", rounding, get_args(Rounding))
         defaults = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "forget_lr_scale": forget_lr_scale,
+            "state_bits": state_bits,
+            "min_8bit_size": min_8bit_size,
+            "rounding": rounding,
+            "refuse_nonfinite": refuse_nonfinite,
+            "compile": compile,
             "role": "retain",
         }
         super().__init__(params, defaults)
+        self._observed: dict[Role, list[tuple[Observed, int]]] = defaultdict(list)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -219,7 +146,8 @@ class DualAdamW(Optimizer):
 
         Raises:
             ValueError: A group's role is neither "forget" nor "retain".
-            RuntimeError: A gradient is sparse.
+            RuntimeError: A gradient is sparse, or not finite where moments are kept in 8 bits.
+                Nothing has moved then.
         """
         loss = None
         if closure is not None:
@@ -227,150 +155,185 @@ class DualAdamW(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             _check_role(group["role"])
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._step_one(param, param.grad, group)
+            self._check_gradients(group)
+        for first, group in zip(self._first_ordinals(), self.param_groups, strict=True):
+            self._step_group(group, first)
         return loss
 
+    def drain_observations(self) -> dict[Role, Observations]:
+        """Give what the steps of each role met since the last call; nothing for DualOptim.
+
+        All steps; under torch.compile, where looking costs half a step, the first of each role.
+        Of this rank's shards, where parameters are sharded.
+        """
+        drained = {}
+        for role, seen in self._observed.items():
+            negative = sum(int(one.negative) for one, _ in seen)
+            largest = max(float(one.largest) for one, _ in seen)
+            drained[role] = Observations(negative / sum(n for _, n in seen), largest)
+        self._observed.clear()
+        return drained
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave; the moments keep their dtype.
+        """Load what `state_dict` gave; the moments keep their dtype and their width.
 
         Raises:
             ValueError: The state was written by another optimiser.
         """
-        expected = {*self._counters(), *self._moment_names()}
+        counters = self._counters()
         for saved in state_dict["state"].values():
-            if saved.keys() != expected:
+            if not is_moment_state(saved, self._owners, counters):
+                expected = sorted((*counters, *moment_names(*self._owners)))
                 raise ValueError(
                     f"This state was not written by {type(self).__name__}: got {sorted(saved)}, "
-                    f"expected {sorted(expected)}. Load it with the optimizer that wrote it."
+                    f"expected {expected}. Load it with the optimizer that wrote it."
                 )
-        super().load_state_dict(state_dict)
-        # Trap 4: torch casts every tensor of the state to the parameter's dtype, so the float32
-        # moments of a bfloat16 parameter come back rounded. Put the saved ones back.
+        # Trap 4: torch would cast every tensor of the state to the parameter's dtype, float32
+        # moments to bfloat16 and codes to floats. So it loads the groups, and we the state.
+        super().load_state_dict({**state_dict, "state": {}})
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for saved_id, param in zip(saved_ids, params, strict=True):
-            for name in self._moment_names() if saved_id in state_dict["state"] else ():
-                saved = state_dict["state"][saved_id][name]
-                self.state[param][name] = saved.to(device=param.device)
+        for saved_id, param in zip(saved_ids, self._all_params(), strict=True):
+            if saved_id in state_dict["state"]:
+                self.state[param] = {
+                    name: value.to(device=param.device) if isinstance(value, Tensor) else value
+                    for name, value in state_dict["state"][saved_id].items()
+                }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._observed = defaultdict(list)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
-    def _step_one(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        if grad.is_sparse:
-            raise RuntimeError(
-                f"{type(self).__name__} takes dense gradients; got a sparse one for a parameter of "
-                f"shape {tuple(param.shape)}. Use sparse=False in its embedding."
+    def _step_group(self, group: dict[str, Any], first_ordinal: int) -> None:
+        """Step the parameters of a group, those with equal counters in one call."""
+        role: Role = group["role"]
+        alike: dict[tuple[int, int, torch.device], list[Task]] = defaultdict(list)
+        copies = []
+        for ordinal, param in enumerate(group["params"], start=first_ordinal):
+            if param.grad is None or not local(param).numel():
+                continue
+            state = self._state_of(param, group)
+            state[f"{role}_steps"] += 1
+            role_step, total_step = state[f"{role}_steps"], self._total_steps(state)
+            values = local(param)
+            task = Task(
+                values.contiguous().view(-1),
+                local(param.grad).contiguous().view(-1),
+                stored(state, role),
+                stored(state, "base") if "base" in self._owners else None,
+                noise_key(ordinal, total_step),
             )
-        state = self.state[param]
+            if not values.is_contiguous():
+                copies.append((values, task.param))
+            alike[role_step, total_step, values.device].append(task)
+        for (role_step, total_step, device), tasks in alike.items():
+            c = self._coefficients(group, role_step, total_step)
+            kernel, watch = self._kernel(device, group["compile"])
+            rule = _rule(group)._replace(observe=watch or role not in self._observed)
+            observed = kernel(tasks, c, rule)
+            if observed is not None:
+                self._observed[role].append((observed, sum(len(task.param) for task in tasks)))
+        for values, moved in copies:
+            values.copy_(moved.view(values.shape))
+
+    def _kernel(self, device: torch.device, compile: bool | None) -> tuple[Kernel, bool]:
+        """Choose what runs the step on a device; tell whether it may observe every step."""
+        if device.type == "cuda" and find_spec("triton"):
+            from unlearn_llm.optim import triton_step  # Triton is not installed everywhere
+
+            return triton_step.step, True
+        if compile is None:
+            entries = sum(param.numel() for param in self._all_params())
+            compile = device.type == "cpu" and entries >= WORTH_COMPILING
+        # Compiled, observing costs half a step.
+        return partial(chunked.step, compiled=compile), not compile
+
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[param]
         if not state:
             # Trap 5: both roles at once, for torch.distributed.checkpoint fills a fresh optimiser
             # by one fake step and silently drops what that step did not allocate.
             # Trap 4: counters are ints, because a tensor would be cast with the moments.
             state.update(dict.fromkeys(self._counters(), 0))
-            dtype = torch.promote_types(param.dtype, torch.float32)
-            for name in self._moment_names():
-                state[name] = torch.zeros_like(param, dtype=dtype)
-        state[f"{group['role']}_steps"] += 1
-        self._update(param, grad, group, state)
+            fits = group["state_bits"] == 8 and can_quantize(param, group["min_8bit_size"])
+            for owner in self._owners:
+                state.update(allocate(param, owner, fits and self._quantizes(owner, group)))
+        return state
 
-    def _update(
-        self, param: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Any]
-    ) -> None:
-        role = group["role"]
-        dual_update(
-            param,
-            grad,
-            moments=_moments(state, role),
-            lr=_role_lr(group),
-            betas=group["betas"],
-            eps=group["eps"],
+    def _quantizes(self, owner: str, group: dict[str, Any]) -> bool:
+        return True
+
+    def _coefficients(self, group: dict[str, Any], role_step: int, total_step: int) -> Coefficients:
+        return coefficients(
+            lr=role_lr(group),
             weight_decay=group["weight_decay"],
-            role_step=state[f"{role}_steps"],
+            eps=group["eps"],
+            betas=group["betas"],
+            role_step=role_step,
         )
+
+    def _check_gradients(self, group: dict[str, Any]) -> None:
+        """Refuse what would spoil the state, before anything moves."""
+        grads = [
+            (i, param.grad) for i, param in enumerate(group["params"]) if param.grad is not None
+        ]
+        for index, grad in grads:
+            if grad.is_sparse:
+                raise RuntimeError(
+                    f"{type(self).__name__} takes dense gradients; got a sparse one for "
+                    f"{_name(group, index)}. Use sparse=False in its embedding."
+                )
+        if group["state_bits"] == 32 or not group["refuse_nonfinite"] or not grads:
+            return
+        norms = torch._foreach_norm([local(grad) for _, grad in grads], torch.inf)
+        finite = torch.stack(norms).isfinite().tolist()
+        for (index, _), fine in zip(grads, finite, strict=True):
+            if not fine:
+                raise RuntimeError(
+                    f"The gradient of {_name(group, index)} is not finite, and 8-bit moments "
+                    "cannot hold it. Skip this step, or lower the learning rate."
+                )
+
+    def _all_params(self) -> Iterator[Tensor]:
+        return chain.from_iterable(group["params"] for group in self.param_groups)
+
+    def _first_ordinals(self) -> list[int]:
+        sizes = [len(group["params"]) for group in self.param_groups]
+        return [0, *accumulate(sizes)][:-1]
 
     def _counters(self) -> list[str]:
         return [f"{role}_steps" for role in ROLES]
 
-    def _moment_names(self) -> list[str]:
-        return [f"{owner}_{moment}" for owner in self._owners for moment in Moments._fields]
+    def _total_steps(self, state: dict[str, Any]) -> int:
+        return sum(state[name] for name in self._counters())
 
 
-class DualAdamWPlus(DualAdamW):
-    """DualOptim+: AdamW with moments split into a shared base and one delta per role.
-
-    Args:
-        params: Parameters, groups or named parameters, as torch's optimisers take them.
-        lr: Learning rate of a retain step.
-        betas: Decay of the deltas' first and second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled, with the learning rate of the step's role.
-        forget_lr_scale: A forget step's learning rate is `lr` times this.
-        base_betas: Decay of the base's first and second moment.
-        base_order: "lagged" (as released) or "base_first"; see `dual_plus_update`.
-
-    Raises:
-        ValueError: An argument out of its range.
-
-    Source: `dual_plus_update`.
-    """
-
-    _owners: ClassVar[tuple[str, ...]] = (*ROLES, "base")
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-5,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        *,
-        forget_lr_scale: float = 1.0,
-        base_betas: tuple[float, float] = (0.9, 0.95),
-        base_order: BaseOrder = "lagged",
-    ) -> None:
-        _check_betas("base_betas", base_betas)
-        if base_order not in get_args(BaseOrder):
-            raise ValueError(f"base_order: expected 'lagged' or 'base_first', got {base_order!r}.")
-        super().__init__(params, lr, betas, eps, weight_decay, forget_lr_scale=forget_lr_scale)
-        self.defaults.update(base_betas=base_betas, base_order=base_order)
-        for group in self.param_groups:
-            group.setdefault("base_betas", base_betas)
-            group.setdefault("base_order", base_order)
-
-    def _update(
-        self, param: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Any]
-    ) -> None:
-        role = group["role"]
-        dual_plus_update(
-            param,
-            grad,
-            base=_moments(state, "base"),
-            delta=_moments(state, role),
-            lr=_role_lr(group),
-            betas=group["betas"],
-            base_betas=group["base_betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            role_step=state[f"{role}_steps"],
-            total_step=sum(state[name] for name in self._counters()),
-            base_order=group["base_order"],
-        )
+def _rule(group: dict[str, Any]) -> Rule:
+    """Read a group's rule; DualOptim has no base and no bound."""
+    stochastic = group["rounding"] == "stochastic"
+    return Rule(group.get("base_order", "lagged"), group.get("max_update"), stochastic)
 
 
-def _moments(state: dict[str, Any], owner: str) -> Moments:
-    return Moments(state[f"{owner}_mean"], state[f"{owner}_square"])
-
-
-def _role_lr(group: dict[str, Any]) -> float:
+def role_lr(group: dict[str, Any]) -> float:
+    """Give the learning rate of the group's role."""
     scale = group["forget_lr_scale"] if group["role"] == "forget" else 1.0
     return float(group["lr"] * scale)
+
+
+def _name(group: dict[str, Any], index: int) -> str:
+    """Name a parameter as well as the group knows it."""
+    shape = tuple(group["params"][index].shape)
+    names = group.get("param_names")
+    return f"{names[index]!r} {shape}" if names else f"parameter {index} of shape {shape}"
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Refuse a value that is not one of the choices."""
+    if value not in choices:
+        expected = " or ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name}: expected {expected}, got {value!r}.")
 
 
 def _check_role(role: object) -> None:
@@ -381,7 +344,8 @@ def _check_role(role: object) -> None:
         )
 
 
-def _check_betas(name: str, betas: tuple[float, float]) -> None:
+def check_betas(name: str, betas: tuple[float, float]) -> None:
+    """Refuse what is no pair of decays."""
     if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
         raise ValueError(f"{name}: expected two numbers from 0 to below 1, got {betas!r}.")
 

@@ -1,0 +1,68 @@
+"""What a dual optimiser needs to know of the model and of how it is spread over processes."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from unlearn_llm.errors import UserError
+from unlearn_llm.optim import DualAdamW
+
+
+def set_up(optimizer: Optimizer, model: nn.Module, *, quantize_embeddings: bool) -> None:
+    """Prepare a dual optimiser for the Trainer; leave others alone.
+
+    Embeddings keep float32 moments, as in the released code: most of their rows have no gradient
+    in a step, so a block mixes very different magnitudes. Gradients need no second look, for the
+    trainer refuses a norm that is not finite.
+
+    Source: bitsandbytes GlobalOptimManager override, CityU-MLO/DualOptimPlus@b370724 trainer.
+        Differs: no difference; a head tied to an embedding is the same tensor.
+    """
+    if not isinstance(optimizer, DualAdamW):
+        return
+    for group in list(optimizer.param_groups):
+        group["refuse_nonfinite"] = False
+        if group["state_bits"] == 8 and not quantize_embeddings:
+            _keep_apart(optimizer, group, _embeddings(model))
+
+
+def check_eight_bit(optimizer_parameters: dict[str, Any], *, fsdp1: bool, deepspeed: bool) -> None:
+    """Refuse 8-bit moments where blocks would cross parameters or be gathered as parameters.
+
+    Raises:
+        UserError: Under DeepSpeed or FSDP1.
+    """
+    if optimizer_parameters.get("state_bits", 32) == 8 and (fsdp1 or deepspeed):
+        raise UserError(
+            f"optimizer_parameters: state_bits: 8 does not work under "
+            f"{'DeepSpeed' if deepspeed else 'FSDP1'}, which flattens parameters. Use FSDP2 "
+            "(fsdp_version: 2), DDP, or state_bits: 32."
+        )
+
+
+def observations(optimizer: Any) -> dict[str, float]:
+    """Give what the steps since the last call met, by role, as log entries."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    if not isinstance(inner, DualAdamW):
+        return {}
+    return {
+        f"{role}/{name}": value
+        for role, seen in inner.drain_observations().items()
+        for name, value in seen._asdict().items()
+    }
+
+
+def _embeddings(model: nn.Module) -> set[int]:
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+
+
+def _keep_apart(optimizer: Optimizer, group: dict[str, Any], ids: set[int]) -> None:
+    """Move parameters into a group of their own with float32 moments."""
+    apart: list[Tensor] = [param for param in group["params"] if id(param) in ids]
+    if not apart or len(apart) == len(group["params"]):
+        group["state_bits"] = 32 if apart else group["state_bits"]
+        return
+    group["params"] = [param for param in group["params"] if id(param) not in ids]
+    settings = {name: value for name, value in group.items() if name != "params"}
+    optimizer.add_param_group({**settings, "params": apart, "state_bits": 32})

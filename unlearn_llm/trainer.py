@@ -147,10 +147,9 @@ class UnlearnTrainer(Trainer):
                 f"{self.objective.name} compares with a reference model, which does not work with "
                 "weights spread over the ranks (FSDP, DeepSpeed). Use DDP or LoRA."
             )
-        fsdp: Any = self.accelerator.state.fsdp_plugin
         check_eight_bit(
             args.optimizer_parameters,
-            fsdp1=fsdp is not None and fsdp.fsdp_version == 1,
+            fsdp1=self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1,
             deepspeed=self.is_deepspeed_enabled,
         )
         # Tells the Trainer that losses are not divided by num_items_in_batch (trap 8).

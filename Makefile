@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One thread per process: two busy OpenMP pools on the same cores slow each other down tenfold.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test slow check clean
+.PHONY: demo test slow check bench clean
 
 demo: $(VENV)/ready
 	HF_HUB_OFFLINE=1 $(BIN)/unlearn demo
@@ -16,6 +16,13 @@ test: $(VENV)/ready
 
 slow: $(VENV)/ready
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow
+
+# Ratios, with the machine to itself. TOFU=FOLDER adds the training step on real lengths.
+bench: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group bench
+	$(BIN)/python benchmarks/optimizer.py
+	$(BIN)/python benchmarks/losses.py
+	$(if $(TOFU),$(BIN)/python benchmarks/step.py --tofu $(TOFU))
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

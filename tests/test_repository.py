@@ -130,7 +130,7 @@ def test_a_loss_that_imports_transformers_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
     assert list(faults_of_floors(file)) == [
         "losses/forget.py (floor 1) imports transformers; floor 1 may use torch, numpy, scipy, "
-        "rouge_score, yaml only"
+        "rouge_score, yaml, triton only"
     ]
 
 

@@ -1,55 +1,47 @@
 """The Triton kernel against `update`, `codec` and `noise`: on a GPU, or else interpreted."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from unlearn_llm.optim import codec, update
-from unlearn_llm.optim.noise import noise, noise_key
+from unlearn_llm.optim.noise import counters, noise, noise_key
 from unlearn_llm.optim.task import Rule, Stored, Task
 from unlearn_llm.optim.update import Moments
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WISH = "TRITON_INTERPRET"
-# Triton reads the wish while it is imported. Where somebody imported it before, it is too late.
-with pytest.MonkeyPatch.context() as patch:
-    if DEVICE == "cpu" and "triton" not in sys.modules:
-        patch.setenv(WISH, "1")
-    triton = pytest.importorskip("triton")
-    from unlearn_llm.optim import triton_codec, triton_step
-    from unlearn_llm.optim.triton_step import step
+triton = pytest.importorskip("triton")
+from unlearn_llm.optim import triton_codec, triton_step  # noqa: E402  where there is Triton
+from unlearn_llm.optim.triton_step import step  # noqa: E402
 
-    tl = triton.language
+tl = triton.language
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there, see conftest
 
-    @triton.jit
-    def encode_kernel(
-        values, codes, noise, SIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, PTX: tl.constexpr
-    ):
-        at = tl.program_id(0) * 4096 + tl.arange(0, 4096)
-        drawn = tl.load(noise + at) + 1
-        code = triton_codec.encode(tl.load(values + at), 1.0, SIGNED, drawn, STOCHASTIC, PTX)
-        tl.store(codes + at, code)
 
-    @triton.jit
-    def draw_kernel(out, key):
-        at = tl.arange(0, 4096)
-        mean, square, base_mean, base_square = triton_codec.draw(at.to(tl.uint32), tl.load(key))
-        tl.store(out + at, mean)
-        tl.store(out + 4096 + at, square)
-        tl.store(out + 2 * 4096 + at, base_mean)
-        tl.store(out + 3 * 4096 + at, base_square)
+@triton.jit
+def encode_kernel(
+    values, codes, noise, SIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, PTX: tl.constexpr
+):
+    at = tl.program_id(0) * 4096 + tl.arange(0, 4096)
+    drawn = tl.load(noise + at) + 1
+    code = triton_codec.encode(tl.load(values + at), 1.0, SIGNED, drawn, STOCHASTIC, PTX)
+    tl.store(codes + at, code)
+
+
+@triton.jit
+def draw_kernel(out, key):
+    at = tl.arange(0, 4096)
+    mean, square, base_mean, base_square = triton_codec.draw(
+        at.to(tl.uint32), tl.load(key).to(tl.uint32, bitcast=True)
+    )
+    tl.store(out + at, mean)
+    tl.store(out + 4096 + at, square)
+    tl.store(out + 2 * 4096 + at, base_mean)
+    tl.store(out + 3 * 4096 + at, base_square)
 
 
 COMPILED = isinstance(encode_kernel, triton.JITFunction)
-here = pytest.mark.skipif(
-    COMPILED and DEVICE == "cpu", reason="Triton was imported to compile, and there is no GPU"
-)
-SIZES = (1, 255, 0, 256, 257, 5000, 8192)
+SIZES = (1, 255, 0, 256, 257, 5000, 768)
 COEFFICIENTS = update.coefficients(
     lr=1e-3,
     weight_decay=0.1,
@@ -63,22 +55,8 @@ LR = COEFFICIENTS.lr
 
 
 @pytest.fixture(autouse=True)
-def interpreting(monkeypatch):
-    if not COMPILED:
-        monkeypatch.setenv(WISH, "1")
+def seeded():
     torch.manual_seed(0)
-
-
-@pytest.mark.skipif(not COMPILED or DEVICE == "cuda", reason="the other tests run in this process")
-def test_passes_in_a_process_of_its_own():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider"],
-        env={**os.environ, WISH: "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout
 
 
 def blocks(flat):
@@ -135,8 +113,7 @@ def reference(task, rule, coefficients):
     moments = opened(task.moments, plus)
     draws = [None] * 4
     if rule.stochastic:
-        index = torch.arange(param.numel(), dtype=torch.int32, device=DEVICE)
-        draws = noise(index, torch.tensor(task.noise_key, dtype=torch.int32, device=DEVICE))
+        draws = noise(counters(task.noise_key, 0, param.numel(), param.device))
     base = met = None
     if plus:
         base = opened(task.base, False)
@@ -148,12 +125,19 @@ def reference(task, rule, coefficients):
             coefficients,
             base_order=rule.base_order,
             max_update=rule.max_update,
+            observe=rule.observe,
         )
         base = stored(base, False, task.base.mean_scale is not None, draws[2:])
     else:
         update.dual_update(param, grad, moments, coefficients)
     moments = stored(moments, plus, task.moments.mean_scale is not None, draws[:2])
-    return param.to(task.param.dtype), moments, base, met
+    return rounded(param, task.param.dtype), moments, base, met
+
+
+def rounded(param, dtype):
+    if not COMPILED and dtype == torch.bfloat16:  # the interpreter cuts bits off
+        param = (param.view(torch.int32) & ~0xFFFF).view(torch.float32)
+    return param.to(dtype)
 
 
 def check_step(tasks, rule, coefficients=COEFFICIENTS):
@@ -179,14 +163,17 @@ def check_step(tasks, rule, coefficients=COEFFICIENTS):
 
 
 def check_params(got, wanted):
-    error = torch.cat([(g.float() - w.float()).abs() for g, w in zip(got, wanted, strict=True)])
-    if got[0].dtype == torch.float32:
-        # float32 rounding of parameters around 1, but not where the update is singular.
-        assert error.quantile(0.98) < 3e-7
-        assert error.max() < 0.05 * LR
-    else:  # a sum within rounding of the middle may go to either neighbour
-        assert (error > 0).float().mean() < 0.01
-        assert error.max() < 0.02
+    single, half = [], []
+    for ours, theirs in zip(got, wanted, strict=True):
+        error = (ours.float() - theirs.float()).abs()
+        (single if ours.dtype == torch.float32 else half).append(error)
+    if single:
+        # float32 rounding of parameters around 1, but for entries where the update is singular.
+        assert torch.cat(single).quantile(0.98) < 3e-7
+        assert torch.cat(single).max() < 0.05 * LR
+    if half:  # within rounding of the middle between two numbers, either is right
+        assert (torch.cat(half) > 0).float().mean() < 0.01
+        assert torch.cat(half).max() < 0.02
 
 
 def check_stored(got, wanted):
@@ -206,7 +193,6 @@ def check_stored(got, wanted):
         assert (difference > 0).float().mean() <= 1e-3
 
 
-@here
 @pytest.mark.parametrize("coded", [True, False])
 @pytest.mark.parametrize("base_coded", [True, False, None])
 def test_a_step_is_that_of_the_specification(coded, base_coded):
@@ -217,7 +203,6 @@ def test_a_step_is_that_of_the_specification(coded, base_coded):
     check_step(tasks, Rule(max_update=10.0))
 
 
-@here
 @pytest.mark.parametrize("base_order", ["lagged", "base_first"])
 @pytest.mark.parametrize("max_update", [None, 0.5])
 @pytest.mark.parametrize("stochastic", [False, True])
@@ -226,7 +211,6 @@ def test_a_rule_is_that_of_the_specification(base_order, max_update, stochastic)
     check_step(tasks, Rule(base_order, max_update, stochastic))
 
 
-@here
 @pytest.mark.parametrize("plus", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_parameters_are_computed_in_float32(dtype, plus):
@@ -234,7 +218,6 @@ def test_half_precision_parameters_are_computed_in_float32(dtype, plus):
     check_step(tasks, Rule(max_update=10.0))
 
 
-@here
 def test_steps_follow_each_other():
     tasks = [make(size, key=size) for size in (300, 1024)]
     for role_step in range(1, 5):
@@ -249,7 +232,6 @@ def test_steps_follow_each_other():
         check_step(tasks, Rule(max_update=10.0, stochastic=True), one)
 
 
-@here
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_a_first_step_from_zeros_keeps_blocks_of_zeros(stochastic):
     task = make(768)
@@ -267,17 +249,15 @@ def test_a_first_step_from_zeros_keeps_blocks_of_zeros(stochastic):
     assert task.base.square_scale[1] == 0
 
 
-@here
-def test_second_moments_too_small_for_a_reciprocal_are_zeros():
+def test_second_moments_too_small_for_a_reciprocal_are_not_overestimated():
     task = make(256)
-    task.grad.fill_(1e-22)
+    task.grad.fill_(1e-22)  # its square is no normal float32
     task.base.square_scale.zero_()
     step([task], COEFFICIENTS, Rule())
-    assert torch.equal(task.base.square, torch.zeros_like(task.base.square))
+    assert opened(task.base, False).square.max() <= 1e-44
     assert task.param.isfinite().all()
 
 
-@here
 def test_only_the_entries_of_a_parameter_are_written():
     # Views, one entry off the beginning of an allocation, so that nothing is aligned either.
     sizes = 700, 768
@@ -285,7 +265,9 @@ def test_only_the_entries_of_a_parameter_are_written():
     for size in sizes:
         made = make(size)
         room = [torch.full((tensor.numel() + 9,), 77).to(tensor) for tensor in parts(made)]
-        views = [there[1 : 1 + tensor.numel()] for there, tensor in zip(room, parts(made))]
+        views = [
+            there[1 : 1 + tensor.numel()] for there, tensor in zip(room, parts(made), strict=True)
+        ]
         for view, tensor in zip(views, parts(made), strict=True):
             view.copy_(tensor)
         pairs = Stored(*views[2:6]), Stored(*views[6:])
@@ -301,7 +283,6 @@ def parts(task):
     return [task.param, task.grad, *task.moments, *task.base]
 
 
-@here
 def test_every_layout_takes_one_launch(monkeypatch):
     launches = []
     run = triton_step._kernel.run
@@ -311,7 +292,6 @@ def test_every_layout_takes_one_launch(monkeypatch):
         return run(*args, **kwargs)
 
     monkeypatch.setattr(triton_step._kernel, "run", counting)
-    # 300 programs are more than one entry of the map tells apart.
     tasks = [make(size, key=size) for size in (256, 512, 4096, 4352, 256)]
     tasks += [make(256, coded=False), make(512, coded=False)]
     tasks += [make(512, dtype=torch.bfloat16)]
@@ -320,28 +300,30 @@ def test_every_layout_takes_one_launch(monkeypatch):
     assert len(launches) == 4
 
 
-@here
 def test_programs_find_their_parameter_among_many():
-    tasks = [make(1 + number % 3, coded=False, plus=False) for number in range(150)]
+    tasks = [make(1 + number % 3, coded=False, plus=False) for number in range(70)]
     check_step(tasks, Rule())
 
 
-@here
+def test_what_nobody_asks_for_is_not_observed():
+    check_step([make(600)], Rule(max_update=10.0, observe=False))
+
+
 def test_nothing_to_do_is_no_step():
     assert step([], COEFFICIENTS, Rule()) is None
     assert step([make(0, plus=False)], COEFFICIENTS, Rule()) is None
     assert step([make(0)], COEFFICIENTS, Rule()) == (0, 0)
 
 
-@here
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_codes_are_those_of_the_table(signed, stochastic):
-    # All decades alike, both ends, and every value of the table with its neighbourhood.
+    # All decades alike, every value of the table, and both sides of every value and middle.
     values = 10 ** (-8.5 * torch.rand(4096 * 24, device=DEVICE))
     known = codec.table(signed, DEVICE)
     edges = torch.cat([known, (known[1:] + known[:-1]) / 2]).abs()
-    values[: 511 * 3] = torch.cat([edges, edges * (1 + 1e-5), edges * (1 - 1e-5)]).clamp(max=1)
+    special = torch.cat([known.abs(), edges * (1 + 1e-5), edges * (1 - 1e-5)]).clamp(max=1)
+    values[: len(special)] = special
     if signed:
         values[::2] *= -1
     values[-1] = 1
@@ -352,16 +334,14 @@ def test_codes_are_those_of_the_table(signed, stochastic):
     wanted, _ = codec.quantize(values[None], signed, drawn[None] if stochastic else None)
     difference = (codes.int() - wanted[0].int()).abs()
     assert difference.max() <= 1
-    assert (difference > 0).float().mean() < 1e-3
+    assert (difference > 0).float().mean() < (3e-4 if stochastic else 2e-5)
 
 
-@here
 def test_noise_is_that_of_every_other_kernel():
-    key = torch.tensor([noise_key(5, 9)], dtype=torch.int32, device=DEVICE)
+    key = noise_key(5, 9)
     out = torch.empty(4, 4096, device=DEVICE)
-    draw_kernel[(1,)](out, key.view(torch.uint32))
-    wanted = noise(torch.arange(4096, dtype=torch.int32, device=DEVICE), key)
-    assert torch.equal(out - 1, torch.stack(wanted))
+    draw_kernel[(1,)](out, torch.tensor([key], dtype=torch.int32, device=DEVICE))
+    assert torch.equal(out - 1, torch.stack(noise(counters(key, 0, 4096, out.device))))
 
 
 @pytest.mark.gpu

@@ -68,17 +68,17 @@ def _form(code: Code) -> Form:
 SIGNED = tl.constexpr(_form(codec.SIGNED))
 UNSIGNED = tl.constexpr(_form(codec.UNSIGNED))
 
-SHRINK = tl.constexpr(1 - 2**-19)
+SHRINK = tl.constexpr(1 - 2**-21)
 """Keeps a division's rounding, and the noise on it, from passing the last code of a byte."""
-SMALLEST = tl.constexpr(2**-100)
-"""A block of smaller numbers is written as zeros, because the reciprocal would overflow."""
+SMALLEST = tl.constexpr(2.0**-100)
+"""Its reciprocal times UNIT is a float32; a block of smaller numbers gets codes too small."""
 LOG_2 = tl.constexpr(math.log10(2))
 MINUS_LOG_5 = tl.constexpr(-math.log2(5))
 WHOLE = tl.constexpr(2.0**23)
 """From here on float32 has whole numbers only, and shows them in its low bits."""
 ONE_BITS = tl.constexpr(0x3F800000)
 SIGN_BIT = tl.constexpr(0x80000000)
-ZERO = tl.constexpr(127)
+ZERO = tl.constexpr(codec.ZERO_CODE[True])
 """The signed code's byte for zero."""
 
 GOLDEN = tl.constexpr(noise.GOLDEN % 2**32)
@@ -103,18 +103,17 @@ def encode(
         PTX: Whether instructions of NVIDIA's may be used.
     """
     form: tl.constexpr = SIGNED if SIGNED_CODE else UNSIGNED
-    inverse = tl.where(scale > SMALLEST, (UNIT * SHRINK) / scale, 0.0)
-    scaled = values * inverse
+    scaled = values * (UNIT * SHRINK / tl.maximum(scale, SMALLEST))
     magnitude = tl.abs(scaled)
     # A whole number in the low bits; numbers below 1 belong to the lowest decade, too.
     decade = _log2(tl.maximum(magnitude, 1.0), PTX) * LOG_2 + WHOLE
     doubled = ((decade.to(tl.int32, bitcast=True) << 23) + ONE_BITS).to(tl.float32, bitcast=True)
     reduced = magnitude * _exp2((decade - WHOLE) * MINUS_LOG_5, PTX)
     index = tl.minimum(_on(form, 0, reduced, doubled), _on(form, 1, reduced, doubled))
-    if STOCHASTIC:  # to nearest, it stays below half the way to the next decade
+    if STOCHASTIC:  # to nearest, the line of the decade leads to the same codes
         index = tl.minimum(index, _on(form, 2, reduced, doubled))
-        if SIGNED_CODE:  # the negative side ends before 1
-            index = tl.minimum(index, form[5])
+    if SIGNED_CODE:  # the negative side ends before 1, and its next byte would be the largest
+        index = tl.minimum(index, form[5])
     index = tl.maximum(index, _up_to_1(magnitude * form[3], PTX))
     top: tl.constexpr = form[4]
     index = tl.maximum(index, scaled * top[0] + top[1])
@@ -123,10 +122,10 @@ def encode(
     if SIGNED_CODE:
         sign = values.to(tl.uint32, bitcast=True) & SIGN_BIT
         index = (index.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    # Rounds to even, where the reference rounds up: exact middles are as good on either side.
-    return (
-        (index + (WHOLE + ZERO if SIGNED_CODE else WHOLE)).to(tl.int32, bitcast=True).to(tl.uint8)
-    )
+    # Rounds to even, where the reference rounds up: exact middles are as good on either side. The
+    # 256 is not in the byte; it keeps sums away from numbers below WHOLE, which have halves.
+    shown = index + (WHOLE + 256 + ZERO if SIGNED_CODE else WHOLE + 256)
+    return shown.to(tl.int32, bitcast=True).to(tl.uint8)
 
 
 @triton.jit

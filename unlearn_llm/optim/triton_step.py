@@ -88,7 +88,7 @@ def step(tasks: Sequence[Task], coefficients: Coefficients, rule: Rule) -> Obser
         coefficients: Of all tasks.
 
     Returns:
-        What the step met, not counting steps that are not a number; None in DualOptim.
+        What DualOptim+ met, if the rule asks for it. Steps that are not a number are not seen.
 
     Source: `update.dual_plus_update` and `update.dual_update`, with `codec` and `noise`. Differs:
         moments are averaged without the second formula that torch's lerp has for weights from
@@ -102,9 +102,10 @@ def step(tasks: Sequence[Task], coefficients: Coefficients, rule: Rule) -> Obser
         if task.param.numel() > 0:
             row = _row(task)
             layouts[_layout(task, row)].append((row, task.noise_key))
-    plus = tasks[0].base is not None
     device = tasks[0].param.device
-    slots = torch.zeros(2, SLOTS.value, dtype=torch.int32, device=device) if plus else None
+    slots = None
+    if rule.observe and tasks[0].base is not None:
+        slots = torch.zeros(2, SLOTS.value, dtype=torch.int32, device=device)
     with torch.cuda.device_of(tasks[0].param):
         for layout, entries in layouts.items():
             rows, keys = zip(*entries, strict=True)
@@ -145,8 +146,6 @@ def _launch(
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     table = _table(rows, device, stream)
     stochastic = rule.stochastic and (layout.coded or layout.base_coded)
-    # Floats, all of them: an int would be compiled in, and a new one be compiled anew.
-    c = Coefficients(*(float(number) for number in coefficients))
     _kernel[(table.programs,)](
         table.rows,
         table.starts,
@@ -154,17 +153,8 @@ def _launch(
         codec.table(True, device),
         codec.table(False, device),
         slots,
-        c.lr,
-        c.decay,
-        c.eps,
-        c.mean_weight,
-        c.square_weight,
-        1 / c.mean_correction,
-        1 / c.square_correction,
-        c.base_mean_weight,
-        c.base_square_weight,
-        1 / c.base_mean_correction if layout.base else 0.0,
-        1 / c.base_square_correction if layout.base else 0.0,
+        # Floats, all of them: an int would be compiled in, and a new one be compiled anew.
+        *(float(number) for number in coefficients),
         PARAM=_TYPES[layout.param],
         GRAD=_TYPES[layout.grad],
         CODED=layout.coded,
@@ -173,6 +163,7 @@ def _launch(
         BASE_FIRST=rule.base_order == "base_first",
         BOUND=rule.max_update if layout.base else None,
         STOCHASTIC=stochastic,
+        OBSERVE=slots is not None,
         EVEN=layout.even,
         PTX=isinstance(_kernel, triton.JITFunction) and torch.version.hip is None,
         num_warps=1,
@@ -215,12 +206,12 @@ def _kernel(
     eps,
     mean_weight,
     square_weight,
-    mean_factor,
-    square_factor,
+    mean_correction,
+    square_correction,
     base_mean_weight,
     base_square_weight,
-    base_mean_factor,
-    base_square_factor,
+    base_mean_correction,
+    base_square_correction,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     CODED: tl.constexpr,
@@ -229,9 +220,11 @@ def _kernel(
     BASE_FIRST: tl.constexpr,
     BOUND: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    OBSERVE: tl.constexpr,
     EVEN: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    """Step SPAN entries of one parameter. After the tables: the fields of Coefficients."""
     program = tl.program_id(0)
     tensor = tl.load(starts + program // STRIDE)
     while tl.load(table + (tensor + 1) * COLUMNS + FIRST) <= program:
@@ -267,20 +260,25 @@ def _kernel(
             )
             new_base_mean = base_mean + (grad - base_mean) * base_mean_weight
             new_base_square = base_square + (grad_square - base_square) * base_square_weight
-            shared_mean = (new_base_mean if BASE_FIRST else base_mean) * base_mean_factor
-            shared_square = (new_base_square if BASE_FIRST else base_square) * base_square_factor
+            shared_mean = (new_base_mean if BASE_FIRST else base_mean) * base_mean_correction
+            shared_square = (
+                new_base_square if BASE_FIRST else base_square
+            ) * base_square_correction
             mean += (grad - shared_mean - mean) * mean_weight
             square += (grad_square - shared_square - square) * square_weight
-            direction = mean * mean_factor + shared_mean
-            power = square * square_factor + shared_square
-            negative += (power < 0).to(tl.int32)
+            direction = mean * mean_correction + shared_mean
+            power = square * square_correction + shared_square
+            if OBSERVE:
+                negative += (power < 0).to(tl.int32)
         else:
             mean += (grad - mean) * mean_weight
             square += (grad_square - square) * square_weight
-            direction = mean * mean_factor
-            power = square * square_factor
+            direction = mean * mean_correction
+            power = square * square_correction
         update = direction * reciprocal(root(tl.abs(power), PTX) + eps, PTX)
-        largest = tl.maximum(largest, tl.abs(update if EVEN else tl.where(inside, update, 0.0)))
+        if OBSERVE:
+            seen = update if EVEN else tl.where(inside, update, 0.0)
+            largest = tl.maximum(largest, tl.abs(seen))
         if BOUND is not None:
             update = tl.minimum(tl.maximum(update, -BOUND), BOUND)
         changed = param.to(tl.float32) * decay - update * lr
@@ -313,7 +311,7 @@ def _kernel(
                 STOCHASTIC,
                 PTX,
             )
-    if BASE:
+    if OBSERVE:
         slot = slots + program % SLOTS
         tl.atomic_add(slot, tl.sum(negative), sem="relaxed")
         # Of numbers from zero up, the bits are in the order of the numbers.

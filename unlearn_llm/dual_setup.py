@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from unlearn_llm.errors import UserError
@@ -59,10 +59,16 @@ def _embeddings(model: nn.Module) -> set[int]:
 
 def _keep_apart(optimizer: Optimizer, group: dict[str, Any], ids: set[int]) -> None:
     """Move parameters into a group of their own with float32 moments."""
-    apart: list[Tensor] = [param for param in group["params"] if id(param) in ids]
+    apart: list[Any] = [param for param in group["params"] if id(param) in ids]
     if not apart or len(apart) == len(group["params"]):
         group["state_bits"] = 32 if apart else group["state_bits"]
         return
+    settings = {
+        name: value for name, value in group.items() if name not in ("params", "param_names")
+    }
+    if "param_names" in group:
+        named = list(zip(group["param_names"], group["params"], strict=True))
+        group["param_names"] = [name for name, param in named if id(param) not in ids]
+        apart = [(name, param) for name, param in named if id(param) in ids]
     group["params"] = [param for param in group["params"] if id(param) not in ids]
-    settings = {name: value for name, value in group.items() if name != "params"}
     optimizer.add_param_group({**settings, "params": apart, "state_bits": 32})

@@ -53,18 +53,18 @@ def step(
         What DualOptim+ met; None for DualOptim.
     """
     # Floats would be compiled in.
-    numbers = torch.tensor(c, dtype=torch.float32) if compiled else c
+    numbers = torch.tensor(c, dtype=torch.float32) if compiled else None
     observed = []
     left_over: dict[Any, list[_Piece]] = {}
     for task in tasks:
         chunks, rest = _pieces(task, rule, compiled)
-        observed += [_run(chunk, numbers, rule) for chunk in chunks]
+        observed += [_run(chunk, c, numbers, rule) for chunk in chunks]
         if rest is not None:
             left_over.setdefault(_layout(rest), []).append(rest)
     for alike in left_over.values():
         for bucket in _buckets(alike):
             joined = _join(bucket, compiled)
-            observed.append(_run(joined, numbers, rule))
+            observed.append(_run(joined, c, numbers, rule))
             _write_back(joined, bucket)
     met = [one for one in observed if one is not None]
     if not met:
@@ -212,14 +212,12 @@ _LOOKED_UP = _Codec(quantize, dequantize)
 _COMPUTED = _Codec(quantize_by_lines, dequantize_by_lines)
 
 
-def _run(piece: _Piece, c: Coefficients | Tensor, rule: Rule) -> Observed | None:
-    """Step one piece, compiled where the coefficients are a tensor."""
-    if isinstance(c, Coefficients):
-        return _step(piece, c, rule, _LOOKED_UP)
-    if not _failures and piece.moments.mean.dtype is not torch.float64:
+def _run(piece: _Piece, c: Coefficients, numbers: Tensor | None, rule: Rule) -> Observed | None:
+    """Step one piece, compiled where the coefficients are given as a tensor, too."""
+    if numbers is not None and not _failures and piece.moments.mean.dtype is not torch.float64:
         tensors, shape = _flattened(piece)
         try:
-            return _compiled_step(rule, shape)(c, *tensors)
+            return _compiled_step(rule, shape)(numbers, *tensors)
         except Exception as error:  # of many classes: no compiler, no headers, no memory
             _failures.append(error)
             warnings.warn(
@@ -227,7 +225,7 @@ def _run(piece: _Piece, c: Coefficients | Tensor, rule: Rule) -> Observed | None
                 f"{str(error).splitlines()[0]}",
                 stacklevel=2,
             )
-    return _step(piece, Coefficients(*c.tolist()), rule, _LOOKED_UP)
+    return _step(piece, c, rule, _LOOKED_UP)
 
 
 _failures: list[Exception] = []
@@ -239,6 +237,8 @@ def _compiled_step(rule: Rule, shape: tuple[bool, ...]) -> Callable[..., Observe
         piece = _unflattened(tensors, shape)
         return _step(piece, Coefficients(*numbers.unbind()), rule, _COMPUTED)
 
+    # A copy, because torch counts recompilations by code object and gives up at the eighth.
+    compilable.__code__ = compilable.__code__.replace()
     coded = shape[4] or shape[8]
     return torch.compile(compilable, dynamic=not coded, fullgraph=True)
 

@@ -174,7 +174,8 @@ def quantize_by_lines(
     """
     code = SIGNED if signed else UNSIGNED
     scale = values.abs().amax(-1, keepdim=True)
-    scaled = values * torch.where(scale > 0, 1 / scale, 0)
+    # The smallest normal number: the reciprocal of a smaller one may be infinite.
+    scaled = values * (1 / scale.clamp(min=torch.finfo(torch.float32).tiny))
     magnitude = scaled.abs()
     index = _on(code.encode[-1], magnitude)
     # Sums of hinges, because relu is one instruction and minimum, which passes NaN on, is four.
@@ -185,6 +186,8 @@ def quantize_by_lines(
         index = index - torch.relu(index - 127)
     index = index + torch.relu(_on(code.top, scaled) - index)
     index = torch.floor(index + (0.5 if noise is None else noise))
+    if noise is not None:  # the sum may be rounded up to the next whole number
+        index = index - torch.relu(index - (128 if signed else 255))
     if not signed:
         return index.to(torch.uint8), scale
     return torch.where(scaled < 0, 127 - index, 127 + index).to(torch.uint8), scale

@@ -20,6 +20,7 @@ from unlearn_llm.optim.noise import noise_key
 from unlearn_llm.optim.storage import (
     allocate,
     can_quantize,
+    first_entry,
     is_moment_state,
     local,
     moment_names,
@@ -60,6 +61,14 @@ class Observations(NamedTuple):
     """Fraction of entries whose second moment came out negative."""
     largest_update: float
     """Largest |step| / lr, before any bound."""
+
+
+class _Seen(NamedTuple):
+    """What was met on one device."""
+
+    negative: Tensor
+    largest: Tensor
+    entries: int
 
 
 class DualAdamW(Optimizer):
@@ -110,7 +119,11 @@ class DualAdamW(Optimizer):
         compile: bool | None = None,
     ) -> None:
         _check_not_negative(
-            lr=lr, eps=eps, weight_decay=weight_decay, forget_lr_scale=forget_lr_scale
+            lr=lr,
+            eps=eps,
+            weight_decay=weight_decay,
+            forget_lr_scale=forget_lr_scale,
+            min_8bit_size=min_8bit_size,
         )
         check_betas("betas", betas)
         check_choice("state_bits", state_bits, (32, 8))
@@ -129,7 +142,7 @@ class DualAdamW(Optimizer):
             "role": "retain",
         }
         super().__init__(params, defaults)
-        self._observed: dict[Role, list[tuple[Observed, int]]] = defaultdict(list)
+        self._observed: dict[Role, dict[torch.device, _Seen]] = {}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -156,8 +169,9 @@ class DualAdamW(Optimizer):
         for group in self.param_groups:
             _check_role(group["role"])
             self._check_gradients(group)
+        known = set(self._observed)
         for first, group in zip(self._first_ordinals(), self.param_groups, strict=True):
-            self._step_group(group, first)
+            self._step_group(group, first, observe=group["role"] not in known)
         return loss
 
     def drain_observations(self) -> dict[Role, Observations]:
@@ -168,9 +182,11 @@ class DualAdamW(Optimizer):
         """
         drained = {}
         for role, seen in self._observed.items():
-            negative = sum(int(one.negative) for one, _ in seen)
-            largest = max(float(one.largest) for one, _ in seen)
-            drained[role] = Observations(negative / sum(n for _, n in seen), largest)
+            negative = sum(int(one.negative) for one in seen.values())
+            entries = sum(one.entries for one in seen.values())
+            drained[role] = Observations(
+                negative / entries, max(float(one.largest) for one in seen.values())
+            )
         self._observed.clear()
         return drained
 
@@ -201,29 +217,35 @@ class DualAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._observed = defaultdict(list)
+        self._observed = {}
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
-    def _step_group(self, group: dict[str, Any], first_ordinal: int) -> None:
-        """Step the parameters of a group, those with equal counters in one call."""
+    def _step_group(self, group: dict[str, Any], first_ordinal: int, *, observe: bool) -> None:
+        """Step the parameters of a group, those with equal counters in one call.
+
+        Args:
+            observe: Observe even where that costs half a step.
+        """
         role: Role = group["role"]
         alike: dict[tuple[int, int, torch.device], list[Task]] = defaultdict(list)
         copies = []
         for ordinal, param in enumerate(group["params"], start=first_ordinal):
-            if param.grad is None or not local(param).numel():
+            if param.grad is None:
                 continue
             state = self._state_of(param, group)
             state[f"{role}_steps"] += 1
             role_step, total_step = state[f"{role}_steps"], self._total_steps(state)
             values = local(param)
+            if not values.numel():  # of a shard; its rank, too, has the state that all ranks save
+                continue
             task = Task(
                 values.contiguous().view(-1),
                 local(param.grad).contiguous().view(-1),
                 stored(state, role),
                 stored(state, "base") if "base" in self._owners else None,
-                noise_key(ordinal, total_step),
+                noise_key(ordinal, total_step, first_entry(param)),
             )
             if not values.is_contiguous():
                 copies.append((values, task.param))
@@ -231,12 +253,22 @@ class DualAdamW(Optimizer):
         for (role_step, total_step, device), tasks in alike.items():
             c = self._coefficients(group, role_step, total_step)
             kernel, watch = self._kernel(device, group["compile"])
-            rule = _rule(group)._replace(observe=watch or role not in self._observed)
+            rule = _rule(group)._replace(observe=watch or observe)
             observed = kernel(tasks, c, rule)
             if observed is not None:
-                self._observed[role].append((observed, sum(len(task.param) for task in tasks)))
+                self._note(role, observed, sum(len(task.param) for task in tasks))
         for values, moved in copies:
             values.copy_(moved.view(values.shape))
+
+    def _note(self, role: Role, observed: Observed, entries: int) -> None:
+        """Add to what was met; it stays on its device, for looking would wait for the step."""
+        negative, largest = observed.negative.long(), observed.largest
+        by_device = self._observed.setdefault(role, {})
+        before = by_device.get(largest.device)
+        if before is not None:
+            negative, largest = before.negative + negative, torch.maximum(before.largest, largest)
+            entries += before.entries
+        by_device[negative.device] = _Seen(negative, largest, entries)
 
     def _kernel(self, device: torch.device, compile: bool | None) -> tuple[Kernel, bool]:
         """Choose what runs the step on a device; tell whether it may observe every step."""
@@ -285,11 +317,14 @@ class DualAdamW(Optimizer):
                     f"{type(self).__name__} takes dense gradients; got a sparse one for "
                     f"{_name(group, index)}. Use sparse=False in its embedding."
                 )
-        if group["state_bits"] == 32 or not group["refuse_nonfinite"] or not grads:
+        if group["state_bits"] == 32 or not group["refuse_nonfinite"]:
             return
-        norms = torch._foreach_norm([local(grad) for _, grad in grads], torch.inf)
-        finite = torch.stack(norms).isfinite().tolist()
-        for (index, _), fine in zip(grads, finite, strict=True):
+        grads = [(index, local(grad)) for index, grad in grads if local(grad).numel()]
+        if not grads:
+            return
+        norms = torch._foreach_norm([grad for _, grad in grads], torch.inf)
+        finite = torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite()
+        for (index, _), fine in zip(grads, finite.tolist(), strict=True):
             if not fine:
                 raise RuntimeError(
                     f"The gradient of {_name(group, index)} is not finite, and 8-bit moments "

@@ -35,16 +35,18 @@ def counters(key: int, start: int, stop: int, device: torch.device) -> Tensor:
     return torch.arange(start, stop, dtype=torch.int32, device=device) * GOLDEN + key
 
 
-def noise_key(ordinal: int, step: int) -> int:
+def noise_key(ordinal: int, step: int, first: int = 0) -> int:
     """Make the key of one parameter and step, a signed 32-bit number.
 
     Args:
         ordinal: Place of the parameter in the optimiser.
         step: Steps of both roles, counting this one.
+        first: Number of the entry that counts as the first: a shard draws what its entries draw
+            in the whole parameter.
     """
     mixed = (step * 0x9E3779B97F4A7C15 + ordinal * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     mixed = ((mixed ^ (mixed >> 31)) * 0x94D049BB133111EB) & (2**64 - 1)
-    return ((mixed >> 32) & (2**32 - 1)) - 2**31
+    return _signed(((mixed >> 32) + first * GOLDEN) % 2**32)
 
 
 def _signed(value: int) -> int:

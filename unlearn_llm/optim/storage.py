@@ -74,6 +74,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def first_entry(param: Tensor) -> int:
+    """Count the entries of a parameter before those of this rank, where it is sharded by rows."""
+    if isinstance(param, DTensor) and Shard(0) in param.placements:
+        dim = param.placements.index(Shard(0))
+        rows = math.ceil(len(param) / param.device_mesh.size(dim))
+        return min(rows * param.device_mesh.get_local_rank(dim), len(param)) * _row(param)
+    return 0
+
+
 def is_moment_state(saved: dict[str, Any], owners: Sequence[str], counters: Sequence[str]) -> bool:
     """Tell whether a saved state has the moments of these owners, in either width."""
     names = moment_names(*owners)

@@ -229,7 +229,7 @@ class DualAdamW(Optimizer):
             observe: Observe even where that costs half a step.
         """
         role: Role = group["role"]
-        alike: dict[tuple[int, int, torch.device], list[Task]] = defaultdict(list)
+        alike: dict[tuple[int, int, torch.device, bool], list[Task]] = defaultdict(list)
         copies = []
         for ordinal, param in enumerate(group["params"], start=first_ordinal):
             if param.grad is None:
@@ -249,10 +249,11 @@ class DualAdamW(Optimizer):
             )
             if not values.is_contiguous():
                 copies.append((values, task.param))
-            alike[role_step, total_step, values.device].append(task)
-        for (role_step, total_step, device), tasks in alike.items():
+            double = values.dtype is torch.float64
+            alike[role_step, total_step, values.device, double].append(task)
+        for (role_step, total_step, device, double), tasks in alike.items():
             c = self._coefficients(group, role_step, total_step)
-            kernel, watch = self._kernel(device, group["compile"])
+            kernel, watch = self._kernel(device, group["compile"], double)
             rule = _rule(group)._replace(observe=watch or observe)
             observed = kernel(tasks, c, rule)
             if observed is not None:
@@ -270,9 +271,11 @@ class DualAdamW(Optimizer):
             entries += before.entries
         by_device[negative.device] = _Seen(negative, largest, entries)
 
-    def _kernel(self, device: torch.device, compile: bool | None) -> tuple[Kernel, bool]:
+    def _kernel(
+        self, device: torch.device, compile: bool | None, double: bool
+    ) -> tuple[Kernel, bool]:
         """Choose what runs the step on a device; tell whether it may observe every step."""
-        if device.type == "cuda" and find_spec("triton"):
+        if device.type == "cuda" and not double and find_spec("triton"):
             from unlearn_llm.optim import triton_step  # Triton is not installed everywhere
 
             return triton_step.step, True

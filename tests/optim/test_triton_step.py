@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from unlearn_llm.optim import codec, update
+from unlearn_llm.optim import DualAdamWPlus, codec, set_role, update
 from unlearn_llm.optim.noise import counters, noise, noise_key
 from unlearn_llm.optim.task import Rule, Stored, Task
 from unlearn_llm.optim.update import Moments
@@ -352,3 +352,28 @@ def test_a_step_takes_no_more_than_a_megabyte():
     torch.cuda.reset_peak_memory_stats()
     step(tasks, COEFFICIENTS, Rule(max_update=10.0, stochastic=True))
     assert torch.cuda.max_memory_allocated() - before <= 2**20
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_an_optimizer_that_steps_with_the_kernel_is_one_that_steps_in_torch(bits, monkeypatch):
+    def run():
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in ((32, 16), 7)]
+        optimizer = DualAdamWPlus(
+            params, lr=1e-2, state_bits=bits, min_8bit_size=256, max_update=1.0
+        )
+        for role in ["forget", "retain", "retain"]:
+            set_role(optimizer, role)
+            for param in params:
+                param.grad = torch.randn_like(param)
+            optimizer.step()
+        return params, optimizer.drain_observations()
+
+    expected, seen = run()
+    monkeypatch.setattr(DualAdamWPlus, "_kernel", lambda *_: (triton_step.step, True))
+    actual, seen_by_kernel = run()
+    for one, other in zip(expected, actual, strict=True):
+        # A code between two may go either way, which moves an entry by a part of a step.
+        assert (one - other).abs().quantile(0.99) < (1e-6 if bits == 32 else 1e-4)
+    for role, observed in seen.items():
+        assert seen_by_kernel[role] == pytest.approx(observed, rel=1e-2)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 OBJECTIVES = ("idk+gd", "me+gd")
-SCHEMES = ("joint", "alternate", "dual_adamw", "dual_adamw_plus")
+SCHEMES = ("joint", "alternate", "dual_adamw", "dual_adamw_plus", "dual_adamw_plus_released")
 SCORES = ("UFE", "TFE", "MU18", "OVR", "forget_quality")
 
 

@@ -249,7 +249,8 @@ def test_results_go_to_a_folder_named_like_the_recipe():
 
 
 def test_a_class_from_elsewhere_may_stand_for_an_optimizer():
-    recipe = Recipe.load("synthetic/unlearn", ["train.optimizer=unlearn_llm.optim.dual:DualAdamW"])
+    changes = ["train.optimizer=unlearn_llm.optim.dual:DualAdamW", "train.optimizer_parameters={}"]
+    recipe = Recipe.load("synthetic/unlearn", changes)
     assert OPTIMIZERS[recipe.setting("optimizer")] is DualAdamW
 
 

@@ -146,6 +146,7 @@ def _forget(
         objective=OBJECTIVE,
         schedule="alternate",
         optimizer=optimizer,
+        optimizer_parameters={} if optimizer is None else {"max_update": 1.0},
         per_device_train_batch_size=20,
         max_steps=240,
         learning_rate=1e-3,

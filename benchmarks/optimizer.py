@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,6 +28,13 @@ from unlearn_llm.optim import DualAdamWPlus, set_role
 BETAS = (0.9, 0.95)
 CYCLE = ("forget", *["retain"] * 5)
 MIB = 2**20
+MOVED = {  # bytes that a step must read and write per float32 parameter with its gradient
+    "torch_adamw_fused": 28,
+    "bnb_adamw8bit": 16.1,
+    "torchao_adamw8bit": 16.1,
+    "dual_plus_32": 44,
+    "dual_plus_8": 20.1,
+}
 Step = Callable[[str], None]
 
 
@@ -104,28 +112,29 @@ class Elementwise:
                 self._keep(state, name, values)
 
 
-def variants(params: list[Tensor], device: str) -> Iterator[tuple[str, Any]]:
-    """Make the optimisers, each with the name of its row."""
+def variants(params: list[Tensor], device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Name the rows and how to make their optimisers."""
     lr = 1e-5
-    yield "torch_adamw_fused", torch.optim.AdamW(params, lr=lr, betas=BETAS, fused=True)
-    try:
+    compile = None if device == "cuda" else True
+    yield "torch_adamw_fused", lambda: torch.optim.AdamW(params, lr=lr, betas=BETAS, fused=True)
+    has_bitsandbytes = find_spec("bitsandbytes") is not None
+    if has_bitsandbytes:
         from bitsandbytes.optim import AdamW8bit
 
-        yield "bnb_adamw8bit", AdamW8bit(params, lr=lr, betas=BETAS)
-    except ImportError:
+        yield "bnb_adamw8bit", lambda: AdamW8bit(params, lr=lr, betas=BETAS)
+    else:
         print("bitsandbytes is not installed: two rows are missing", file=sys.stderr)
-    try:
+    if find_spec("torchao"):
         from torchao.optim import AdamW8bit as TorchaoAdamW8bit
 
-        yield "torchao_adamw8bit", TorchaoAdamW8bit(params, lr=lr, betas=BETAS)
-    except ImportError:
+        yield "torchao_adamw8bit", lambda: TorchaoAdamW8bit(params, lr=lr, betas=BETAS)
+    else:
         print("torchao is not installed: one row is missing", file=sys.stderr)
-    compile = None if device == "cuda" else True
-    yield "dual_plus_32_elementwise", Elementwise(params, 32)
-    yield "dual_plus_32", DualAdamWPlus(params, lr=lr, compile=compile)
-    if "bitsandbytes" in sys.modules:
-        yield "dual_plus_8_elementwise", Elementwise(params, 8)
-    yield "dual_plus_8", DualAdamWPlus(params, lr=lr, state_bits=8, compile=compile)
+    yield "dual_plus_32_elementwise", lambda: Elementwise(params, 32)
+    yield "dual_plus_32", lambda: DualAdamWPlus(params, lr=lr, compile=compile)
+    if has_bitsandbytes:
+        yield "dual_plus_8_elementwise", lambda: Elementwise(params, 8)
+    yield "dual_plus_8", lambda: DualAdamWPlus(params, lr=lr, state_bits=8, compile=compile)
 
 
 def stepper(optimizer: Any) -> Step:
@@ -209,6 +218,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="leave the other rows out")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -222,7 +232,7 @@ def main() -> None:
     for param in params:
         param.grad = (torch.randn(param.shape, generator=generator) * 1e-3).to(given.device)
     entries = sum(param.numel() for param in params)
-    result, probe = measure(params, given.device, given.rounds)
+    result, probe = measure(params, given.device, given.rounds, given.only)
     if given.json:
         print(json.dumps({"threads": given.threads, "parameters": entries, "variants": result}))
         return
@@ -230,11 +240,11 @@ def main() -> None:
         f"{entries / 1e6:.1f} M parameters, {len(params)} tensors, {given.threads} threads, "
         f"{given.device}, load {os.getloadavg()[0]:.1f}; copy {probe:.1f} GB/s (read + written)"
     )
-    table(result)
+    table(result, entries, probe)
 
 
 def measure(
-    params: list[Tensor], device: str, rounds: int
+    params: list[Tensor], device: str, rounds: int, only: list[str] | None = None
 ) -> tuple[dict[str, dict[str, float]], float]:
     """Step all variants in turn.
 
@@ -242,7 +252,7 @@ def measure(
         By name the median and quartiles in ms, the first call, bytes and MiB; and the median
         bandwidth of a copy in GB/s.
     """
-    made = dict(variants(params, device))
+    made = {name: make() for name, make in variants(params, device) if name in (only or [name])}
     steps = {name: stepper(optimizer) for name, optimizer in made.items()}
     first = {
         name: seconds(lambda step=step: step(CYCLE[0]), device) for name, step in steps.items()
@@ -277,18 +287,24 @@ def measure(
     return result, 2 * 64 * MIB / statistics.median(copies) / 1e9
 
 
-def table(result: dict[str, dict[str, Any]]) -> None:
-    """Print times and ratios."""
-    print("| | ms (quartiles) | x AdamW fused | x elementwise | first s | state B/p | extra MiB |")
-    print("|---|---|---|---|---|---|---|")
-    fused = result["torch_adamw_fused"]["median_ms"]
+def table(result: dict[str, dict[str, Any]], entries: int, copied: float) -> None:
+    """Print times and ratios; `copied` is the bandwidth of a copy in GB/s."""
+    print(
+        "| | ms (quartiles) | x AdamW fused | x elementwise | of copy bandwidth | first s | "
+        "state B/p | extra MiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    fused = result.get("torch_adamw_fused", {}).get("median_ms")
     for name, row in result.items():
-        chain = result.get(name.removesuffix("_elementwise") + "_elementwise", {})
-        faster = f"{chain['median_ms'] / row['median_ms']:.1f}" if chain else "-"
+        time_ms = row["median_ms"]
+        chain = result.get(f"{name}_elementwise", {}).get("median_ms")
+        used = MOVED.get(name, 0) * entries / time_ms / 1e6 / copied
         low, high = row["quartiles_ms"]
         print(
-            f"| {name} | {row['median_ms']:.1f} ({low:.1f} to {high:.1f}) | "
-            f"{row['median_ms'] / fused:.2f} | {faster} | {row['first_ms'] / 1000:.1f} | "
+            f"| {name} | {time_ms:.1f} ({low:.1f} to {high:.1f}) | "
+            f"{f'{time_ms / fused:.2f}' if fused else '-'} | "
+            f"{f'{chain / time_ms:.1f}' if chain else '-'} | "
+            f"{f'{used:.0%}' if used else '-'} | {row['first_ms'] / 1000:.1f} | "
             f"{row['state_bytes_per_parameter']:.2f} | {row['peak_extra_mb']:.1f} |"
         )
 

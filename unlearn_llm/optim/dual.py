@@ -325,7 +325,8 @@ class DualAdamW(Optimizer):
         grads = [(index, local(grad)) for index, grad in grads if local(grad).numel()]
         if not grads:
             return
-        norms = torch._foreach_norm([grad for _, grad in grads], torch.inf)
+        # Of the squares, too, for those are stored.
+        norms = torch._foreach_norm([grad for _, grad in grads], dtype=torch.float32)
         finite = torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite()
         for (index, _), fine in zip(grads, finite.tolist(), strict=True):
             if not fine:

@@ -56,6 +56,8 @@ class Combination:
 
     gradients = False
     """Does the combination ask for gradients itself?"""
+    sets_retain_weight = False
+    """Does it make `retain_weight` meaningless?"""
     sharded = True
     """May parameters be spread over ranks (FSDP2)?"""
 

@@ -80,7 +80,7 @@ def _dot(one: Tensor, other: Tensor) -> Tensor:
     dtype = torch.promote_types(one.dtype, torch.float32)
     parts = [
         torch.dot(a.to(dtype), b.to(dtype))
-        for a, b in zip(one.split(CHUNK), other.split(CHUNK), strict=True)
+        for a, b in zip(torch.split(one, CHUNK), torch.split(other, CHUNK), strict=True)
     ]
     return torch.stack(parts).double().sum()
 

@@ -25,6 +25,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "optim", "optim/chunked", "optim/codec", "optim/dual", "optim/dual_plus", "optim/noise",
         "optim/storage", "optim/task", "optim/triton_codec", "optim/triton_step", "optim/update",
         "combine", "combine/base", "combine/gradients", "combine/ngdiff", "combine/vectors",
+        "combine/weights",
         "vocabulary", "synthetic", "synthetic_words", "yaml_text",
         "evaluation", "evaluation/requests", "evaluation/metrics", "evaluation/text_metrics",
         "evaluation/texts", "evaluation/aggregates", "evaluation/columns", "evaluation/scores",

@@ -177,11 +177,9 @@ class Combining(TrainerCallback):
             self.trainer.role_log = kept
 
     def _has_dropout(self) -> bool:
-        assert self.trainer.model is not None
-        config = self.trainer.model.config.to_dict()
-        return bool(config.get("attention_dropout")) or any(
-            isinstance(module, nn.Dropout) and module.p > 0
-            for module in self.trainer.model.modules()
+        model: Any = self.trainer.model
+        return bool(model.config.to_dict().get("attention_dropout")) or any(
+            isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
         )
 
     # Checkpoints.

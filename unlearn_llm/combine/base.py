@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from unlearn_llm.combine.vectors import Coefficients, Gradient, Reduce
+from unlearn_llm.combine.vectors import Coefficients, Gradient
 from unlearn_llm.errors import UserError
 from unlearn_llm.registry import Registry
 from unlearn_llm.types import Role
@@ -17,10 +17,14 @@ EQUAL = Coefficients(1.0, 1.0)
 class Window(Protocol):
     """The rows of one optimiser step, at whatever weights the model has when it is asked."""
 
-    parameters: list[Tensor]
-    """What trains. May be written to, and must be as it was when the step goes on."""
-    reduce: Reduce
-    """Adds up partial sums over ranks that hold shards."""
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What trains, to be read; only `after_step` may write to it."""
+        ...
+
+    def reduce(self, partial_sums: Tensor, /) -> Tensor:
+        """Add up partial sums over ranks that hold shards."""
+        ...
 
     def gradient(self, role: Role) -> Gradient:
         """Gradient of a role's weighted loss over the whole window: one backward pass."""

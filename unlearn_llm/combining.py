@@ -201,8 +201,7 @@ class Combining(TrainerCallback):
         """
         file, saved = folder / FILE, None
         if file.is_file():
-            device = self.trainer.accelerator.device
-            saved = torch.load(file, map_location=device, weights_only=True)
+            saved = torch.load(file, map_location="cpu", weights_only=True)
         made_with = None if saved is None else saved["combine"]
         if made_with != self.name:
             raise UserError(

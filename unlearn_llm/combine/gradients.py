@@ -226,6 +226,8 @@ class GRU(Combination):
         if self._memory is None:
             self._memory = [tensor.clone() for tensor in retain]
         else:
+            devices = [tensor.device for tensor in retain]  # a loaded memory is on the CPU
+            self._memory = [m.to(device) for m, device in zip(self._memory, devices, strict=True)]
             for kept, new in zip(self._memory, retain, strict=True):
                 kept.mul_(1 - self.average).add_(new, alpha=self.average)
         norms = dots([(forget, forget), (retain, retain)], reduce)

@@ -23,6 +23,7 @@ PROBING = {
     "objective": "idk+ap",
 }
 SETTINGS = {
+    "sum": {"combine": "sum"},
     "surgery": {"combine": "surgery"},
     "pcgrad": {"combine": "pcgrad"},
     "mgda": {"combine": "mgda", "combine_parameters": {"normalize": "l2"}},
@@ -208,6 +209,7 @@ def test_a_checkpoint_of_another_combination_is_refused(tmp_path, saved, resumed
 # gradients that are alive when the direction is made, beyond those of a plain step.
 COSTS = {
     None: (2, 1, 0, 0),
+    "sum": (2, 1, 0, 0),
     "surgery": (2, 2, 0, 1),
     "pcgrad": (2, 2, 0, 1),
     "mgda": (2, 2, 0, 1),

@@ -50,7 +50,9 @@ class Step(NamedTuple):
 
 
 class Combination:
-    """How two losses of one step become one update. A subclass overrides one of two methods.
+    """How two losses of one step become one update: here, they add up.
+
+    A subclass overrides one of two methods:
 
     - `weights`: coefficients of the losses; the step has one backward pass (`gradients` False).
     - `combine`: the direction, from a window's gradients (`gradients` True).
@@ -100,6 +102,7 @@ class Combination:
 
 
 COMBINATIONS: Registry[type[Combination]] = Registry("combination")
+COMBINATIONS.add("sum", Combination)
 
 
 def build(name: str, parameters: Mapping[str, Any]) -> Combination:

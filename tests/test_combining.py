@@ -1,7 +1,7 @@
 """Combinations in the Trainer's step: split steps, checkpoints, passes, memory, what is refused."""
 
+import gc
 import math
-import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -34,8 +34,9 @@ SETTINGS = {
     "implicit_surgery_fast": {"combine": "implicit_surgery_fast"},
     "pdu": {"combine": "pdu", "combine_parameters": {"initial": 1.0, "rate": 0.1}},
     "famo": {"combine": "famo", "objective": "idk+gd"},
+    "ofmu": {"combine": "ofmu", "combine_parameters": {"inner_steps": 1}},
 }
-GRADIENTS = ["surgery", "pcgrad", "mgda", "ngdiff", "blur", "gru"]
+GRADIENTS = ["surgery", "pcgrad", "mgda", "ngdiff", "blur", "gru", "ofmu"]
 
 
 def settings(name, **more):
@@ -146,6 +147,7 @@ def test_norms_by_role_and_the_cosine_are_logged(tmp_path):
 def test_the_automatic_rate_is_used_and_put_back(tmp_path):
     trainer = trained(tmp_path, **settings("ngdiff"))
     assert trainer.combining.combination.scale != 1
+    # What a schedule reads.
     assert {group["lr"] for group in trainer.optimizer.param_groups} == {1e-3}
 
 
@@ -213,13 +215,14 @@ COSTS = {
     "surgery": (2, 2, 0, 1),
     "pcgrad": (2, 2, 0, 1),
     "mgda": (2, 2, 0, 1),
-    "ngdiff": (2, 2, 1, 1),  # two more in every second step: probe_every is 2 here
+    "ngdiff": (2, 2, 1, 2),  # two more in every second step: probe_every is 2 here
     "blur": (2, 2, 0, 1),
     "gru": (2, 2, 0, 2),
     "implicit_surgery": (2, 1, 1, 0),
     "implicit_surgery_fast": (2, 1, 0, 0),
     "pdu": (2, 1, 0, 0),
     "famo": (2, 1, 0, 0),
+    "ofmu": (15, 15, 0, 6),  # one inner step
 }
 
 
@@ -249,21 +252,32 @@ def test_passes_per_step_are_those_of_the_table(tmp_path, name, accumulation, mo
 
 
 @pytest.mark.parametrize("name", COSTS)
-def test_extra_gradients_in_memory_are_those_of_the_table(tmp_path, name):
-    # Alive tensors that gradients of the model's largest parameter were ever put into.
-    trainer = make_trainer(tmp_path, **(settings(name) if name else JOINT))
+def test_vectors_in_memory_are_those_of_the_table(tmp_path, name, monkeypatch):
+    # Tensors of the shape of the largest parameter that live between passes, without parameters
+    # and moments. A plain step has one, the gradient.
+    trainer = make_trainer(tmp_path, **{**(settings(name) if name else JOINT), "max_steps": 2})
     largest = max(trainer.model.parameters(), key=torch.Tensor.numel)
-    alive, most = weakref.WeakValueDictionary(), []
+    most = [1]
 
-    def accumulated(parameter):
-        alive[parameter.grad.data_ptr()] = parameter.grad
-        most.append(len(alive))
+    def look(function):
+        def looked(*given):
+            result = function(*given)
+            moments = [v for state in trainer.optimizer.state.values() for v in state.values()]
+            own = {t.data_ptr() for t in (*trainer.model.parameters(), *moments)}
+            found = {
+                thing.data_ptr()
+                for thing in gc.get_objects()
+                if type(thing) is torch.Tensor and thing.shape == largest.shape
+            }
+            most.append(len(found - own))
+            return result
 
-    largest.register_post_accumulate_grad_hook(accumulated)
+        return looked
+
+    for method in ("gradient", "loss"):
+        monkeypatch.setattr(trainer.combining, method, look(getattr(trainer.combining, method)))
     trainer.train()
-    kept = trainer.combining.combination.state_dict().get("memory") or []
-    in_memory = max(most) + sum(tensor.shape == largest.shape for tensor in kept)
-    assert in_memory == 1 + COSTS[name][3]
+    assert max(most) == 1 + COSTS[name][3]
 
 
 # What is refused.
@@ -302,8 +316,16 @@ def test_settings_that_cannot_work_are_refused_at_once(tmp_path, changed, messag
 def test_what_hides_gradients_is_refused(tmp_path, name, fsdp, deepspeed, message):
     combining = make_trainer(tmp_path, **settings(name)).combining
     with pytest.raises(UserError, match=message):
-        combining.check_sharding(fsdp=fsdp, deepspeed=deepspeed)
-    make_trainer(tmp_path).combining.check_sharding(fsdp=1, deepspeed=False)
+        combining.check_model(fsdp=fsdp, deepspeed=deepspeed)
+    make_trainer(tmp_path).combining.check_model(fsdp=1, deepspeed=False)
+
+
+def test_dropout_is_refused_where_gradients_are_compared(tmp_path):
+    model = tiny_model()
+    model.config.attention_dropout = 0.1
+    with pytest.raises(UserError, match="which dropout makes random"):
+        make_trainer(tmp_path, model, **settings("ofmu"))
+    make_trainer(tmp_path, model, **settings("surgery"))
 
 
 def test_meshes_of_two_dimensions_are_refused(tmp_path, monkeypatch):

@@ -49,15 +49,20 @@ class Combining(TrainerCallback):
         self._losses: dict[Role, float] = {}
         self._seen: dict[str, list[float]] = defaultdict(list)
 
-    def check_sharding(self, *, fsdp: int | None, deepspeed: bool) -> None:
-        """Refuse what hides gradients.
+    def check_model(self, *, fsdp: int | None, deepspeed: bool) -> None:
+        """Refuse what hides gradients or makes them random.
 
         Args:
             fsdp: Its version, None without.
 
         Raises:
-            UserError: DeepSpeed, FSDP1, or a memory under FSDP2.
+            UserError: DeepSpeed, FSDP1, a memory under FSDP2, dropout.
         """
+        if self.combination.repeatable and self._has_dropout():
+            raise UserError(
+                f"combine: {self.name} takes differences of gradients, which dropout makes "
+                "random. Set the model's dropout to 0 (lora: {dropout: 0.0})."
+            )
         if self.name is None or not (deepspeed or fsdp):
             return
         if deepspeed or fsdp == 1:

@@ -154,7 +154,7 @@ class UnlearnTrainer(Trainer):
         fsdp = self.accelerator.state.fsdp_plugin.fsdp_version if self.is_fsdp_enabled else None
         deepspeed = self.is_deepspeed_enabled
         check_eight_bit(args.optimizer_parameters, fsdp1=fsdp == 1, deepspeed=deepspeed)
-        self.combining.check_sharding(fsdp=fsdp, deepspeed=deepspeed)
+        self.combining.check_model(fsdp=fsdp, deepspeed=deepspeed)
         # Tells the Trainer that losses are not divided by num_items_in_batch (trap 8).
         self.model_accepts_loss_kwargs = False
         self.reference = reference

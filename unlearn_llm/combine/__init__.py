@@ -7,7 +7,7 @@ Example:
 Nothing here knows of language models; any torch loop may use it.
 """
 
-from unlearn_llm.combine import gradients, ngdiff, weights  # noqa: F401  register the names
+from unlearn_llm.combine import gradients, ngdiff, ofmu, weights  # noqa: F401  register the names
 from unlearn_llm.combine.base import COMBINATIONS, Combination, Step, Window
 
 __all__ = ["COMBINATIONS", "Combination", "Step", "Window"]

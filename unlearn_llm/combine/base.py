@@ -19,7 +19,7 @@ class Window(Protocol):
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What trains, to be read; only `after_step` may write to it."""
+        """What trains. `combine` and `after_step` may write to it."""
         ...
 
     def reduce(self, partial_sums: Tensor, /) -> Tensor:
@@ -64,6 +64,8 @@ class Combination:
     """Does the combination ask for gradients itself?"""
     sets_retain_weight = False
     """Does it make `retain_weight` meaningless?"""
+    repeatable = False
+    """Must passes over the same rows give the same gradient (no dropout)?"""
     sharded = True
     """May parameters be spread over ranks (FSDP2)?"""
 

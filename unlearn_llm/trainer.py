@@ -83,6 +83,7 @@ class UnlearnTrainer(Trainer):
             forget_dataset, retain_dataset: Questions and answers: QA pairs, or rows with columns
                 question/answer, prompt/completion or messages.
             encoder: Prompt template and lengths; by default the tokenizer's chat template.
+            combine: How the two gradients of a joint step become one (combine.COMBINATIONS).
             refusals: What "idk" answers are chosen from; by default the package's own.
             allow_overlap: Accept forget rows that also stand in the retain set.
             evaluate_model: Gives scores of the model; called by `evaluate` (eval_strategy).

@@ -251,6 +251,21 @@ def test_passes_per_step_are_those_of_the_table(tmp_path, name, accumulation, mo
     assert counts == dict(zip(counts, (n * passes for n in COSTS[name][:3]), strict=True))
 
 
+def test_with_dropout_losses_before_and_after_a_step_are_taken_without_it(tmp_path):
+    model = tiny_model("phi")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.2
+    trainer = make_trainer(tmp_path, model, **settings("implicit_surgery", max_steps=1))
+    told, taken = [], []
+    trainer.combining.combination.after_step = told.append
+    loss = trainer.combining.loss
+    trainer.combining.loss = lambda role: taken.append(loss(role)) or taken[-1]
+    trainer.train()
+    assert len(taken) == 1  # before; the one after is the combination's
+    assert told[0].losses["retain"] == taken[0] != history(trainer, "retain/loss")[0]
+
+
 @pytest.mark.parametrize("name", COSTS)
 def test_vectors_in_memory_are_those_of_the_table(tmp_path, name, monkeypatch):
     # Tensors of the shape of the largest parameter that live between passes, without parameters

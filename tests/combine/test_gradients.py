@@ -1,5 +1,6 @@
 """Combinations of two gradients, against hand calculations and brute-force programs."""
 
+import inspect
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from scipy.optimize import LinearConstraint, minimize
 
 from unlearn_llm.combine import COMBINATIONS
+from unlearn_llm.combine import gradients as gradients_module
 from unlearn_llm.combine.vectors import CHUNK, Gram, dots, gram
 from unlearn_llm.errors import UserError
 
@@ -243,6 +245,16 @@ def test_gru_goes_on_from_its_state():
     second = COMBINATIONS["gru"]()
     second.load_state_dict(first.state_dict())
     np.testing.assert_array_equal(flat(whole(*gradients(2))), flat(second(*gradients(2))))
+
+
+# Sources.
+
+
+@pytest.mark.parametrize("name", [name for name in COMBINATIONS if name != "sum"])
+def test_every_combination_cites_its_source_and_what_differs(name):
+    formula = getattr(gradients_module, name, None)
+    text = inspect.getdoc(formula or COMBINATIONS[name])
+    assert text.index("Source:") < text.index("Differs:")
 
 
 # Parameters.

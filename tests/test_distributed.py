@@ -41,6 +41,25 @@ RUNS = {
     "joint_fixed_pairing_me_gd": {
         "settings": {**JOINT, **TWO, "objective": "me+gd", "pairing": "fixed"},
     },
+    "joint_surgery_npo_gd": {
+        "settings": {**JOINT, **TWICE_ONE, "objective": "npo+gd", "combine": "surgery"},
+    },
+    "joint_gru_idk_gd_lora": {
+        "lora": True,
+        "settings": {**JOINT, **TWO, "objective": "idk+gd", "combine": "gru"},
+    },
+    "joint_ngdiff_probing": {
+        "settings": {
+            **JOINT,
+            **TWICE_ONE,
+            "objective": "idk+ap",
+            "combine": "ngdiff",
+            "combine_parameters": {"probe_every": 2},
+        },
+    },
+    "joint_implicit_surgery": {
+        "settings": {**JOINT, **TWICE_ONE, "objective": "npo+gd", "combine": "implicit_surgery"},
+    },
     "joint_checkpointing_lora": {
         "lora": True,
         "settings": {
@@ -55,7 +74,13 @@ RUNS = {
 SAVING = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6}
 RESUMED = {
     name: {**RUNS[name], "settings": {**RUNS[name]["settings"], **SAVING}}
-    for name in ("alternate_dual_dpo_kl_phi", "joint_adamw_dpo_kl", "alternate_dual_npo_kl_lora")
+    for name in (
+        "alternate_dual_dpo_kl_phi",
+        "joint_adamw_dpo_kl",
+        "alternate_dual_npo_kl_lora",
+        "joint_gru_idk_gd_lora",
+        "joint_implicit_surgery",
+    )
 }
 
 
@@ -84,7 +109,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resumed_folder(tmp_path_factory):
-    """Three runs uninterrupted, and then, in new processes, again from their fourth step."""
+    """Some runs uninterrupted, and then, in new processes, again from their fourth step."""
     folder = tmp_path_factory.mktemp("resumed")
     whole = [{"name": f"whole_{n}", "output_dir": n, **run} for n, run in RESUMED.items()]
     again = [

@@ -336,6 +336,9 @@ def test_yaml_that_means_more_than_it_says_is_refused(text, problem):
         ("train.schedule=altrnate", "Unknown schedule 'altrnate'. Did you mean 'alternate'?"),
         ("train.schedule_parameters={forgt: 1}", "no parameter 'forgt'. Did you mean 'forget'?"),
         ("train.schedule_parameters={forget: x}", "train.schedule_parameters: "),
+        ("train.combine=surgry", "Unknown combination 'surgry'. Did you mean 'surgery'?"),
+        ("train.combine=surgery", "keeps one state per role"),
+        ("train.combine_parameters={eps: 1}", "but train.combine is null"),
         ("train.optimizer=dual_adam", "Unknown optimizer 'dual_adam'. Did you mean 'dual_adamw'?"),
         ("train.optimizer_parameters={betaz: 1}", "Did you mean 'betas'?"),
         (
@@ -381,6 +384,20 @@ def test_a_dual_optimizer_with_a_joint_schedule_is_refused():
     assert "dual_adamw_plus keeps one state per role" in found
     found = refusal([*joint, "train.optimizer=null"])
     assert "forget_learning_rate needs steps that train one role" in found
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.combine_parameters={epz: 1}", "Surgery has no parameter 'epz'. Did you mean"),
+        ("train.combine_parameters={eps: x}", "eps: expected a number from 0 to inf, got 'x'."),
+        ("train.schedule=alternate", "combine: surgery needs steps that train both roles"),
+        ("train.optimizer=dual_adamw", "combine: surgery needs both in one step"),
+    ],
+)
+def test_a_combination_that_cannot_work_is_refused(override, message):
+    given = [override, "data.folder=nowhere"]
+    assert message in refusal(given, "tofu/small/unlearn/idk+gd/surgery")
 
 
 def test_evaluation_steps_without_a_suite_are_refused():

@@ -24,6 +24,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "schedule", "objective", "plan", "losses", "losses/forget", "losses/retain",
         "optim", "optim/chunked", "optim/codec", "optim/dual", "optim/dual_plus", "optim/noise",
         "optim/storage", "optim/task", "optim/triton_codec", "optim/triton_step", "optim/update",
+        "combine", "combine/base", "combine/gradients", "combine/ngdiff", "combine/ofmu",
+        "combine/vectors", "combine/weights",
         "vocabulary", "synthetic", "synthetic_words", "yaml_text",
         "evaluation", "evaluation/requests", "evaluation/metrics", "evaluation/text_metrics",
         "evaluation/texts", "evaluation/aggregates", "evaluation/columns", "evaluation/scores",
@@ -34,7 +36,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "evaluation/cache", "evaluation/judges", "evaluation/provenance", "evaluation/runner",
     ),
     3: (
-        "config", "callbacks", "trainer", "finetune",
+        "config", "callbacks", "combining", "trainer", "finetune",
         "evaluation/strict", "evaluation/suite", "evaluation/samples", "evaluation/evaluate",
     ),
     4: (

@@ -159,6 +159,7 @@ def demo(
 def list_names(as_json: AsJson = False) -> None:
     """Name everything that a recipe may name, and the recipes."""
     import unlearn_llm.losses  # noqa: F401  registers the names of the losses
+    from unlearn_llm.combine import COMBINATIONS
     from unlearn_llm.evaluation.metrics import METRICS
     from unlearn_llm.evaluation.suite import suites
     from unlearn_llm.objective import FORGET_LOSSES, RETAIN_LOSSES
@@ -168,7 +169,7 @@ def list_names(as_json: AsJson = False) -> None:
     found: dict[str, Any] = {
         "objectives": {"forget": list(FORGET_LOSSES), "retain": list(RETAIN_LOSSES)},
         "schedules": list(SCHEDULES),
-        "combines": ["sum"],
+        "combines": list(COMBINATIONS),
         "optimizers": list(OPTIMIZERS),
         "metrics": list(METRICS),
         "suites": list(suites()),

@@ -6,10 +6,16 @@ from typing import Any, Literal, get_args, get_origin
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
+from unlearn_llm.combine import Combination
+from unlearn_llm.combine.base import build
 from unlearn_llm.errors import UserError
 from unlearn_llm.objective import Objective
 from unlearn_llm.optim import OPTIMIZERS, DualAdamW
 from unlearn_llm.schedule import SCHEDULES, Pairing, Schedule
+
+NO_EVALUATION = (
+    "Nothing to evaluate with: give UnlearnTrainer(evaluate_model=...), or set eval_strategy: no."
+)
 
 
 @dataclass
@@ -30,6 +36,11 @@ class UnlearnConfig(TrainingArguments):
     """When each side is trained: joint or alternate."""
     schedule_parameters: dict[str, Any] = field(default_factory=dict)
     """For alternate: {forget: 1, retain: 5}, the number of steps of each side in a cycle."""
+    combine: str | None = None
+    """Joint steps: how the two gradients become one, such as surgery or ngdiff (`unlearn list`
+    names them), or package.module:Class; null: they add up."""
+    combine_parameters: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the combination, such as {eps: 0.0}."""
     pairing: Pairing = "random"
     """Joint steps: does a forget row meet a new retain row in every pass (random), or always the
     same one (fixed, as in the authors' joint baseline)?"""
@@ -80,6 +91,14 @@ class UnlearnConfig(TrainingArguments):
                 "remove_unused_columns and logging_nan_inf_filter must be false: batches are keyed "
                 "by role, and a diverging loss must be seen."
             )
+
+    def build_combination(self) -> Combination:
+        """Make the combination that these settings name; without one, losses add up."""
+        if self.combine is not None:
+            return build(self.combine, self.combine_parameters)
+        if self.combine_parameters:
+            raise UserError("combine_parameters are given, but combine names no combination.")
+        return Combination()
 
     def build_objective(self) -> Objective:
         """Make the objective that these settings name."""
@@ -133,4 +152,84 @@ def check_one_role(
         raise UserError(
             "forget_learning_rate needs steps that train one role; this schedule trains both. "
             "Use forget_weight instead."
+        )
+
+
+def check_both_roles(
+    schedule: Schedule,
+    steps: int,
+    combine: str | None,
+    combination: Combination,
+    *,
+    optimizer: str | None = None,
+    retain_weight: float = 1.0,
+) -> None:
+    """Refuse a combination where a step trains one role, or something else sets its weights.
+
+    Raises:
+        UserError: saying what to do instead.
+    """
+    if combine is None:
+        return
+    if optimizer is not None and issubclass(OPTIMIZERS[optimizer], DualAdamW):
+        raise UserError(
+            f"{optimizer} keeps one state per role, so each step must train one role; combine: "
+            f"{combine} needs both in one step. Use optimizer: null (and schedule: joint) to "
+            "combine gradients, or combine: null (and schedule: alternate) to keep two states."
+        )
+    if any(len(schedule.roles(step)) == 1 for step in range(steps)):
+        raise UserError(
+            f"combine: {combine} needs steps that train both roles; this schedule has steps of "
+            "one. Use schedule: joint, or combine: null."
+        )
+    if combination.sets_retain_weight and retain_weight != 1:
+        raise UserError(
+            f"combine: {combine} sets the weight of the retain loss itself; retain_weight must "
+            f"be 1, got {retain_weight:g}. Use forget_weight."
+        )
+
+
+def check_run(
+    args: UnlearnConfig,
+    schedule: Schedule,
+    combine: str | None,
+    combination: Combination,
+    *,
+    evaluates: bool,
+) -> None:
+    """Refuse what cannot work together, before the model is touched.
+
+    Args:
+        combine: What the combination is called in messages; None: there is none.
+        evaluates: Is there something that scores the model?
+
+    Raises:
+        UserError: saying what to do instead.
+    """
+    if args.eval_strategy != "no" and not evaluates:
+        raise UserError(NO_EVALUATION)
+    check_both_roles(
+        schedule,
+        args.max_steps,
+        combine,
+        combination,
+        optimizer=args.optimizer,
+        retain_weight=args.retain_weight,
+    )
+    check_one_role(
+        schedule,
+        args.max_steps,
+        optimizer=args.optimizer,
+        forget_learning_rate=args.forget_learning_rate,
+    )
+    if args.n_gpu > 1:
+        raise UserError(
+            f"One process sees {args.n_gpu} GPUs. Start one process per GPU: "
+            "accelerate launch -m unlearn_llm train ..."
+        )
+    config: Any = args.accelerator_config
+    if config.split_batches or config.dispatch_batches:
+        raise UserError(
+            "accelerator_config: split_batches and dispatch_batches must be off; the plan "
+            "deals whole micro-batches to the ranks."
         )

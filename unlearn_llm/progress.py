@@ -11,9 +11,14 @@ from unlearn_llm.types import Role
 
 
 class RoleLog:
-    """Collects losses and gradient norms by role and gives their means."""
+    """Collects losses and gradient norms by role and gives their means.
+
+    Attributes:
+        last: Each role's loss in the last step that was closed.
+    """
 
     def __init__(self) -> None:
+        self.last: dict[Role, float] = {}
         self._shares: dict[Role, Tensor] = {}
         self._losses: dict[Role, list[float]] = defaultdict(list)
         self._norms: dict[str, list[float]] = defaultdict(list)
@@ -23,16 +28,20 @@ class RoleLog:
         self._shares[role] = self._shares[role] + share if role in self._shares else share
 
     def end_step(self, grad_norm: float, accelerator: Accelerator) -> dict[Role, float]:
-        """Close a step: add up the shares of all ranks and return each role's loss."""
+        """Close a step and return each role's loss."""
         roles = list(self._shares)
-        shares = torch.stack([self._shares[role].float() for role in roles])
-        losses = dict(zip(roles, accelerator.reduce(shares, "sum").tolist(), strict=True))
+        losses = self.last = self.losses(accelerator)
         for role, loss in losses.items():
             self._losses[role].append(loss)
         # The norm of a joint step's gradient belongs to neither role.
         self._norms[f"{roles[0]}/" if len(roles) == 1 else ""].append(grad_norm)
         self._shares = {}
         return losses
+
+    def losses(self, accelerator: Accelerator) -> dict[Role, float]:
+        """Add up the shares of all ranks: each role's loss in the step that is under way."""
+        shares = torch.stack([share.float() for share in self._shares.values()])
+        return dict(zip(self._shares, accelerator.reduce(shares, "sum").tolist(), strict=True))
 
     def drain(self, learning_rates: Mapping[Role, float]) -> dict[str, float]:
         """Give means since the last call, `forget/loss` and so on, and start anew."""

@@ -16,7 +16,9 @@ from transformers import TrainingArguments
 
 import unlearn_llm.losses  # noqa: F401  registers the names of the losses
 from unlearn_llm import recipe_files
-from unlearn_llm.config import UnlearnConfig, check_one_role
+from unlearn_llm.combine import COMBINATIONS, Combination
+from unlearn_llm.combine.base import build as build_combination
+from unlearn_llm.config import UnlearnConfig, check_both_roles, check_one_role
 from unlearn_llm.encode import CHAT, TEMPLATES
 from unlearn_llm.errors import RecipeError, UserError
 from unlearn_llm.finetune import FinetuneConfig
@@ -25,7 +27,7 @@ from unlearn_llm.objective import Objective
 from unlearn_llm.optim import OPTIMIZERS
 from unlearn_llm.recipe_check import Place, build, check_name, check_section
 from unlearn_llm.registry import did_you_mean
-from unlearn_llm.schedule import SCHEDULES
+from unlearn_llm.schedule import SCHEDULES, Schedule
 from unlearn_llm.yaml_text import dump_yaml
 
 if TYPE_CHECKING:
@@ -323,6 +325,7 @@ def _check_unlearn(recipe: Recipe, place: Place) -> None:
     with place.naming("train.schedule_parameters"):
         _check_parameters(recipe.setting("schedule_parameters"), schedule)
         made = schedule(**recipe.setting("schedule_parameters"))
+    _check_combine(recipe, made, place)
     with place.naming("train.forget_learning_rate"):
         rate = recipe.setting("forget_learning_rate")
         check_one_role(made, STEPS_LOOKED_AT, forget_learning_rate=rate)
@@ -336,6 +339,28 @@ def _check_unlearn(recipe: Recipe, place: Place) -> None:
         parameters = recipe.setting("optimizer_parameters")
         _check_parameters(parameters, optimizer)
         optimizer([torch.zeros(1, requires_grad=True)], **parameters)  # it checks the values
+
+
+def _check_combine(recipe: Recipe, schedule: Schedule, place: Place) -> None:
+    name, parameters = recipe.setting("combine"), recipe.setting("combine_parameters")
+    if name is None:
+        if parameters:
+            raise place.error("train.combine_parameters", "are given, but train.combine is null.")
+        return
+    with place.naming("train.combine"):
+        cls = COMBINATIONS[name]
+    with place.naming("train.combine_parameters"):
+        _check_parameters(parameters, cls)
+        combination: Combination = build_combination(name, parameters)
+    with place.naming("train.combine"):
+        check_both_roles(
+            schedule,
+            STEPS_LOOKED_AT,
+            name,
+            combination,
+            optimizer=recipe.setting("optimizer"),
+            retain_weight=recipe.setting("retain_weight"),
+        )
 
 
 def _check_parameters(given: Mapping[str, Any], of: type) -> None:

@@ -77,6 +77,19 @@ def read_file(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def as_pairs(rows: Sequence[QA] | Sequence[Mapping[str, Any]], where: str) -> list[QA]:
+    """Give pairs as they are; find question and answer in rows of another layout.
+
+    Raises:
+        UserError: there are no rows, or their layout is unknown.
+    """
+    if not len(rows):
+        raise UserError(f"{where} holds no rows.")
+    if isinstance(rows[0], QA):
+        return list(rows)  # type: ignore[arg-type]  # all are what the first is
+    return to_pairs(list(rows), where)  # type: ignore[arg-type]
+
+
 def to_pairs(
     rows: Sequence[Mapping[str, Any]],
     where: str,

@@ -16,7 +16,9 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 import unlearn_llm.losses  # noqa: F401  registers the names of the losses
 from unlearn_llm.callbacks import ForgetLearningRate, forget_lr_scale
-from unlearn_llm.config import UnlearnConfig, check_one_role
+from unlearn_llm.combine import Combination
+from unlearn_llm.combining import Combining
+from unlearn_llm.config import NO_EVALUATION, UnlearnConfig, check_run
 from unlearn_llm.dataset import Collator, EncodedRows, RoleDataset, read_refusals
 from unlearn_llm.dual_setup import check_eight_bit, observations, set_up
 from unlearn_llm.encode import CHAT, Encoder, check_context
@@ -27,15 +29,12 @@ from unlearn_llm.optim import set_role
 from unlearn_llm.plan import Plan
 from unlearn_llm.progress import RoleLog
 from unlearn_llm.reference import Reference, choose_reference
-from unlearn_llm.rows import QA, check_disjoint, to_pairs
+from unlearn_llm.rows import QA, as_pairs, check_disjoint
 from unlearn_llm.schedule import Schedule, ScheduledSampler
 from unlearn_llm.scoring import score
 from unlearn_llm.types import ROLES, Batch, Role
 
 Rows = Sequence[QA] | Sequence[Mapping[str, Any]]
-NO_EVALUATION = (
-    "Nothing to evaluate with: give UnlearnTrainer(evaluate_model=...), or set eval_strategy: no."
-)
 
 
 class UnlearnTrainer(Trainer):
@@ -51,6 +50,7 @@ class UnlearnTrainer(Trainer):
     - `num_train_epochs` counts passes over the forget set; it is turned into `max_steps`.
     - Logs are kept by role: `forget/loss`, `retain/grad_norm`...
     - A loss or gradient that is not finite stops the run before the weights change.
+    - `combine` makes one update of the two gradients of a step (combining.py).
     - Trainable weights are kept in float32: in bfloat16 an update of 1e-5 would vanish.
     """
 
@@ -68,6 +68,7 @@ class UnlearnTrainer(Trainer):
         refusals: Sequence[str] | None = None,
         objective: Objective | None = None,
         schedule: Schedule | None = None,
+        combine: Combination | None = None,
         reference: Reference | None = None,
         evaluate_model: Callable[[nn.Module], dict[str, float]] | None = None,
         allow_overlap: bool = False,
@@ -82,6 +83,7 @@ class UnlearnTrainer(Trainer):
             forget_dataset, retain_dataset: Questions and answers: QA pairs, or rows with columns
                 question/answer, prompt/completion or messages.
             encoder: Prompt template and lengths; by default the tokenizer's chat template.
+            combine: How the two gradients of a joint step become one (combine.COMBINATIONS).
             refusals: What "idk" answers are chosen from; by default the package's own.
             allow_overlap: Accept forget rows that also stand in the retain set.
             evaluate_model: Gives scores of the model; called by `evaluate` (eval_strategy).
@@ -92,11 +94,14 @@ class UnlearnTrainer(Trainer):
         args = copy.copy(args)  # max_steps is set below; the caller's config stays as it was
         self.objective: Objective = objective or args.build_objective()
         self.schedule: Schedule = schedule or args.build_schedule()
+        combination = combine or args.build_combination()
+        name = type(combine).__name__ if combine else args.combine
+        self.combining = Combining(combination, name, self)
         self.evaluate_model = evaluate_model
         encoder = encoder or Encoder(processing_class, CHAT)
         refusals = refusals if refusals is not None else read_refusals()
-        forget_pairs = _as_pairs(forget_dataset, "the forget set")
-        retain_pairs = _as_pairs(retain_dataset, "the retain set")
+        forget_pairs = as_pairs(forget_dataset, "the forget set")
+        retain_pairs = as_pairs(retain_dataset, "the retain set")
         check_disjoint(forget_pairs, retain_pairs, allow_overlap)
         forget, retain = (
             EncodedRows(
@@ -118,7 +123,7 @@ class UnlearnTrainer(Trainer):
         if args.max_steps <= 0:
             passes = args.num_train_epochs * len(forget) / self._window_rows
             args.max_steps = self.schedule.steps_for(max(1, math.ceil(passes)))
-        self._check_combination(args)
+        check_run(args, self.schedule, name, combination, evaluates=evaluate_model is not None)
         select_trainable(model, args.trainable)
         keep_float32_masters(model, autocast=args.bf16)
         if args.gradient_checkpointing and isinstance(model, PeftModel):
@@ -136,7 +141,7 @@ class UnlearnTrainer(Trainer):
             # Only its presence counts: the Trainer demands one where eval_strategy is set.
             eval_dataset=None if evaluate_model is None else self.role_rows,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), ForgetLearningRate()],
+            callbacks=[*(callbacks or []), ForgetLearningRate(), self.combining],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=args.build_optimizer(),
         )
@@ -147,11 +152,10 @@ class UnlearnTrainer(Trainer):
                 f"{self.objective.name} compares with a reference model, which does not work with "
                 "weights spread over the ranks (FSDP, DeepSpeed). Use DDP or LoRA."
             )
-        check_eight_bit(
-            args.optimizer_parameters,
-            fsdp1=self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1,
-            deepspeed=self.is_deepspeed_enabled,
-        )
+        fsdp = self.accelerator.state.fsdp_plugin.fsdp_version if self.is_fsdp_enabled else None
+        deepspeed = self.is_deepspeed_enabled
+        check_eight_bit(args.optimizer_parameters, fsdp1=fsdp == 1, deepspeed=deepspeed)
+        self.combining.check_model(fsdp=fsdp, deepspeed=deepspeed)
         # Tells the Trainer that losses are not divided by num_items_in_batch (trap 8).
         self.model_accepts_loss_kwargs = False
         self.reference = reference
@@ -217,9 +221,16 @@ class UnlearnTrainer(Trainer):
             )
             totals = self.accelerator.reduce(counts, "sum")
             self._denominators = dict(zip(roles, totals, strict=True))
+        self.combining.batches = batches
         return batches, None
 
     # One step.
+
+    def training_step(  # type: ignore[override]  # batches are keyed by role
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Do a micro-batch; gradients that are combined are made with the last of the step."""
+        return self.combining.training_step(super().training_step, model, inputs)
 
     def compute_loss(  # type: ignore[override]  # batches are keyed by role
         self,
@@ -282,6 +293,7 @@ class UnlearnTrainer(Trainer):
                 if folder is None:
                     raise UserError(f"{self.args.output_dir} holds no checkpoint to resume from.")
             self._plan().check(Path(str(folder)))
+            self.combining.read(Path(str(folder)))
         if self.reference is None:
             # Before a checkpoint is loaded: the reference is the model at the start (trap 12).
             self.reference = self._build_reference()
@@ -310,6 +322,7 @@ class UnlearnTrainer(Trainer):
             rates: dict[Role, float] = {"forget": base * forget_lr_scale(self.args), "retain": base}
             logs.update(self.role_log.drain(rates))
             logs.update(observations(self.optimizer))
+            logs.update(self.combining.drain())
             for role, rows in self.role_rows.rows.items():
                 steps = sum(role in self.schedule.roles(i) for i in range(self.state.global_step))
                 logs[f"{role}/epoch"] = steps * self._window_rows / len(rows)
@@ -326,6 +339,7 @@ class UnlearnTrainer(Trainer):
         if self.args.should_save:
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             self._plan().write(folder)
+            self.combining.write(folder)
 
     # What the steps are made of.
 
@@ -333,8 +347,10 @@ class UnlearnTrainer(Trainer):
         return self.objective.forget if role == "forget" else self.objective.retain
 
     def _weight(self, role: Role) -> float:
-        is_forget = role == "forget"
-        return self.objective.forget_weight if is_forget else self.objective.retain_weight
+        by = self.combining.combination.weights()
+        if role == "forget":
+            return self.objective.forget_weight * by.forget
+        return self.objective.retain_weight * by.retain
 
     def _build_reference(self) -> Reference | None:
         # Cached log-probabilities are those of answers; other positions need the model itself.
@@ -355,28 +371,6 @@ class UnlearnTrainer(Trainer):
             self.accelerator,
         )
 
-    def _check_combination(self, args: UnlearnConfig) -> None:
-        """Refuse what cannot work, before the model is touched."""
-        if args.eval_strategy != "no" and self.evaluate_model is None:
-            raise UserError(NO_EVALUATION)
-        check_one_role(
-            self.schedule,
-            args.max_steps,
-            optimizer=args.optimizer,
-            forget_learning_rate=args.forget_learning_rate,
-        )
-        if args.n_gpu > 1:
-            raise UserError(
-                f"One process sees {args.n_gpu} GPUs. Start one process per GPU: "
-                "accelerate launch -m unlearn_llm train ..."
-            )
-        config: Any = args.accelerator_config
-        if config.split_batches or config.dispatch_batches:
-            raise UserError(
-                "accelerator_config: split_batches and dispatch_batches must be off; the plan "
-                "deals whole micro-batches to the ranks."
-            )
-
     def _plan(self) -> Plan:
         return Plan(
             objective=self.objective.name,
@@ -389,11 +383,3 @@ class UnlearnTrainer(Trainer):
             retain_rows=len(self.role_rows.rows["retain"]),
             pairing=self.args.pairing,
         )
-
-
-def _as_pairs(rows: Rows, where: str) -> list[QA]:
-    if not len(rows):
-        raise UserError(f"{where} holds no rows.")
-    if isinstance(rows[0], QA):
-        return list(rows)  # type: ignore[arg-type]
-    return to_pairs(list(rows), where)  # type: ignore[arg-type]

@@ -1,0 +1,186 @@
+"""The formulas of methods.md sections 1 and 2, written out in float64, and what they are given.
+
+The formulas see full logits and shift, mask and reduce in their own loops; they share no code with
+the package.
+"""
+
+import math
+
+import torch
+
+from unlearn_llm.scoring import ChunkedDistribution, Head
+from unlearn_llm.types import Scored
+
+VOCABULARY = 7
+# Per sequence: the label at every position, -100 where no loss is taken. Unequal lengths, with
+# padding at the end (attention 0) and an end token that is scored.
+LABELS = {
+    "original": [[-100, -100, 3, 1, 6, 2], [-100, 5, 2, -100, -100], [-100, -100, -100, 4, 2]],
+    "idk": [[-100, -100, 1, 2], [-100, 6, 0, 4, 2], [-100, -100, -100, 2]],
+}  # fmt: skip
+ATTENTION = {
+    "original": [[1] * 6, [1, 1, 1, 0, 0], [1] * 5],
+    "idk": [[1] * 4, [1] * 5, [1, 1, 1, 1]],
+}
+WIDTH = 6
+
+
+def padded(rows, fill):
+    return torch.tensor([[*row, *[fill] * (WIDTH - len(row))] for row in rows])
+
+
+def random_logits(seed, scale=2.0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        answer: scale * torch.randn(3, WIDTH, VOCABULARY, generator=generator, dtype=torch.float64)
+        for answer in LABELS
+    }
+
+
+def scored(logits, positions):
+    """What the scorer hands to a loss, from full logits."""
+    result = {}
+    for answer, values in logits.items():
+        labels, attention = padded(LABELS[answer], -100), padded(ATTENTION[answer], 0)
+        mask = (labels if positions == "answer" else attention)[:, 1:]
+        mask = mask != -100 if positions == "answer" else mask.bool()
+        targets = labels[:, 1:].clamp(min=0)
+        head = Head(lambda rows: rows, VOCABULARY)
+        distribution = ChunkedDistribution(values[:, :-1][mask], targets[mask], head)
+        result[answer] = Scored(mask, targets, distribution)
+    return result
+
+
+# The formulas of methods.md.
+
+
+def token_nlls(logits, answer):
+    """Negative log-likelihoods of the labels of each sequence."""
+    return [
+        torch.stack(
+            [
+                torch.logsumexp(logits[answer][row, t], 0) - logits[answer][row, t, labels[t + 1]]
+                for t in range(len(labels) - 1)
+                if labels[t + 1] != -100
+            ]
+        )
+        for row, labels in enumerate(LABELS[answer])
+    ]
+
+
+def nlls(logits, answer):
+    """S_i and T_i: summed negative log-likelihood and number of labels of each sequence."""
+    terms = token_nlls(logits, answer)
+    return torch.stack([each.sum() for each in terms]), [len(each) for each in terms]
+
+
+def log_sigmoid(x):
+    return -torch.log(1 + torch.exp(-x))
+
+
+def token_mean(logits, answer):
+    sums, lengths = nlls(logits, answer)
+    return sums.sum() / sum(lengths)
+
+
+def formula_ga(policy, reference):
+    return -token_mean(policy, "original")
+
+
+def formula_me(policy, reference):
+    terms = []
+    for row, labels in enumerate(LABELS["original"]):
+        for t in range(len(labels) - 1):
+            if labels[t + 1] != -100:
+                p = torch.exp(policy["original"][row, t])
+                p = p / p.sum()
+                uniform = 1 / VOCABULARY
+                terms.append(sum(uniform * (math.log(uniform) - torch.log(p[v])) for v in range(7)))
+    return sum(terms) / len(terms)
+
+
+def formula_idk(policy, reference):
+    return token_mean(policy, "idk")
+
+
+def formula_dpo(policy, reference, beta=0.1):
+    def ratio(logits):
+        return -nlls(logits, "idk")[0] + nlls(logits, "original")[0]
+
+    delta = ratio(policy) - ratio(reference)
+    return -(2 / beta) * log_sigmoid(beta * delta).mean()
+
+
+def formula_npo(policy, reference, beta=0.1):
+    difference = nlls(policy, "original")[0] - nlls(reference, "original")[0]
+    return -(2 / beta) * log_sigmoid(beta * difference).mean()
+
+
+def formula_simnpo(policy, reference, beta=2.5, delta=0.0):
+    sums, lengths = nlls(policy, "original")
+    return -(2 / beta) * log_sigmoid(beta * (sums / torch.tensor(lengths) - delta)).mean()
+
+
+def probabilities(logits, answer):
+    return torch.exp(-torch.cat(token_nlls(logits, answer)))
+
+
+def formula_wga(policy, reference, beta=1.0):
+    p = probabilities(policy, "original")
+    return -(p.detach() ** beta * -torch.log(p)).mean()
+
+
+def formula_satimp(policy, reference, beta1=5.0, beta2=1.0):
+    p = probabilities(policy, "original")
+    constant = p.detach()
+    return -(constant**beta1 * (1 - constant) ** beta2 * -torch.log(p)).mean()
+
+
+def formula_tnpo(policy, reference, beta=4.0):
+    return formula_wtnpo(policy, reference, beta, alpha=0.0)
+
+
+def formula_wtnpo(policy, reference, beta=4.0, alpha=1.5):
+    p, q = (probabilities(logits, "original") for logits in (policy, reference))
+    return (p.detach() ** alpha * (2 / beta) * torch.log(1 + (p / q) ** beta)).mean()
+
+
+def formula_gd(policy, reference):
+    return token_mean(policy, "original")
+
+
+def formula_kl(policy, reference):
+    """KL(reference || policy) summed over the vocabulary, mean over predictions of real tokens."""
+    terms = []
+    for row, attention in enumerate(ATTENTION["original"]):
+        for t in range(len(attention) - 1):
+            if attention[t + 1]:
+                p, q = (
+                    torch.softmax(logits["original"][row, t], 0) for logits in (policy, reference)
+                )
+                terms.append((q * (q.log() - p.log())).sum())
+    return sum(terms) / len(terms)
+
+
+def formula_ap(policy, reference, beta=0.1):
+    margin = nlls(policy, "idk")[0] - nlls(policy, "original")[0]
+    return -(1 / beta) * log_sigmoid(beta * margin).mean()
+
+
+FORMULAS = {
+    ("forget", "ga"): formula_ga,
+    ("forget", "me"): formula_me,
+    ("forget", "idk"): formula_idk,
+    ("forget", "dpo"): formula_dpo,
+    ("forget", "npo"): formula_npo,
+    ("forget", "simnpo"): formula_simnpo,
+    ("forget", "wga"): formula_wga,
+    ("forget", "satimp"): formula_satimp,
+    ("forget", "tnpo"): formula_tnpo,
+    ("forget", "wtnpo"): formula_wtnpo,
+    ("retain", "gd"): formula_gd,
+    ("retain", "kl"): formula_kl,
+    ("retain", "ap"): formula_ap,
+}
+# Losses whose gradient holds a part of them constant: not the slope of their value.
+CONSTANT_WEIGHTS = {("forget", name) for name in ("wga", "satimp", "wtnpo")}

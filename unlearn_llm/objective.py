@@ -13,7 +13,7 @@ from unlearn_llm.types import IGNORE_INDEX, Answer, Scored, Sequences
 
 LossFn = Callable[..., Tensor]
 Per = Literal["token", "sequence"]
-Positions = Literal["answer", "attended"]
+Positions = Literal["answer", "answer_after_first", "attended"]
 Needs = Literal["logp", "distribution"]
 Kind = Literal["targeted", "untargeted"]
 
@@ -30,7 +30,8 @@ class Loss:
         per: "token": the sum over sequences is divided by the number of scored tokens in the
             window; "sequence": by the number of sequences. Mixing the two changes the weight of a
             loss by the length of an answer.
-        positions: "answer" scores the answer's tokens, "attended" every real token.
+        positions: "answer" scores the answer's tokens, "answer_after_first" all but the first of
+            them, "attended" every real token.
         reference: What it reads of the reference model, None if nothing.
         kind: For forget losses, "targeted" if the model is taught what to say instead (OVR then
             contains TFE), "untargeted" if not.
@@ -60,10 +61,7 @@ class Loss:
         counted = 0
         for answer in self.answers:
             batch = sequences[answer]
-            if self.positions == "answer":
-                counted += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-            else:
-                counted += int(batch["attention_mask"][:, 1:].sum())
+            counted += int(scored_positions(batch, self.positions).sum())
         return counted
 
     def bind(self, parameters: Mapping[str, Any]) -> "Loss":
@@ -84,6 +82,14 @@ class Loss:
                     f"It has {', '.join(known) or 'none'}."
                 )
         return replace(self, parameters={**self.parameters, **parameters})
+
+
+def scored_positions(sequences: Sequences, positions: Positions) -> Tensor:
+    """Say where the next token counts, (B, T-1) bool."""
+    if positions == "attended":
+        return sequences["attention_mask"][:, 1:].bool()
+    answer = sequences["labels"][:, 1:] != IGNORE_INDEX
+    return answer if positions == "answer" else answer & (answer.cumsum(-1) > 1)
 
 
 FORGET_LOSSES: Registry[Loss] = Registry("forget loss")

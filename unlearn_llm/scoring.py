@@ -18,8 +18,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unlearn_llm.objective import Positions
-from unlearn_llm.types import IGNORE_INDEX, Answer, Distribution, Scored, Sequences
+from unlearn_llm.objective import Positions, scored_positions
+from unlearn_llm.types import Answer, Distribution, Scored, Sequences
 from unlearn_llm.vocabulary import Logits, LogitStatistics, kl_divergence, logit_statistics
 
 CHUNK_BYTES = 64 * 2**20
@@ -150,7 +150,7 @@ def score(
     Args:
         model: A causal language model, wrapped (DDP, peft) or not.
         sequences: By answer; each (B, T), T may differ.
-        positions: "answer": the labelled tokens; "attended": every real token.
+        positions: Which tokens are scored; see objective.Loss.
     """
     hidden, masks, targets = {}, {}, {}
     with hidden_states_for_logits(model) as head:
@@ -159,7 +159,7 @@ def score(
             outputs = model(**joined, use_cache=False).logits  # (B, T, H), or V without head
             n_rows = [len(sequences[answer]["input_ids"]) for answer in answers]
             for answer, rows in zip(answers, outputs.split(n_rows), strict=True):
-                mask = _scored_positions(sequences[answer], positions)
+                mask = scored_positions(sequences[answer], positions)
                 hidden[answer] = rows[:, : mask.shape[1]][mask]
                 masks[answer] = mask
                 targets[answer] = sequences[answer]["input_ids"][:, 1:]
@@ -177,13 +177,6 @@ def _forward_passes(sequences: Mapping[Answer, Sequences]) -> list[list[Answer]]
     answers = list(sequences)
     on_cpu = sequences[answers[0]]["input_ids"].device.type == "cpu"
     return [[answer] for answer in answers] if on_cpu else [answers]
-
-
-def _scored_positions(sequences: Sequences, positions: Positions) -> Tensor:
-    """(B, T-1) bool: where the next token counts."""
-    if positions == "answer":
-        return sequences["labels"][:, 1:] != IGNORE_INDEX
-    return sequences["attention_mask"][:, 1:].bool()
 
 
 def distributions(

@@ -67,7 +67,7 @@ class Scored:
 
     Attributes:
         mask: (B, T-1) bool, True where the next token counts: the answer's tokens, or every
-            real token where a loss asks for `positions="attended"`.
+            real token where a loss asks for `positions="attended"` (objective.Loss).
         targets: (B, T-1) int64, the next token at each position.
         distribution: The next-token distributions at the True positions of `mask`, in row-major
             order; None where only log-probabilities were kept (precomputed references).

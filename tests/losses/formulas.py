@@ -42,8 +42,10 @@ def scored(logits, positions):
     result = {}
     for answer, values in logits.items():
         labels, attention = padded(LABELS[answer], -100), padded(ATTENTION[answer], 0)
-        mask = (labels if positions == "answer" else attention)[:, 1:]
-        mask = mask != -100 if positions == "answer" else mask.bool()
+        mask = attention[:, 1:].bool() if positions == "attended" else labels[:, 1:] != -100
+        if positions == "answer_after_first":
+            for row in mask:
+                row[row.nonzero()[0]] = False
         targets = labels[:, 1:].clamp(min=0)
         head = Head(lambda rows: rows, VOCABULARY)
         distribution = ChunkedDistribution(values[:, :-1][mask], targets[mask], head)
@@ -66,6 +68,14 @@ def token_nlls(logits, answer):
         )
         for row, labels in enumerate(LABELS[answer])
     ]
+
+
+def answer_positions(answer):
+    """Sequence, position and label of every token that is predicted."""
+    for row, labels in enumerate(LABELS[answer]):
+        for t in range(len(labels) - 1):
+            if labels[t + 1] != -100:
+                yield row, t, labels[t + 1]
 
 
 def nlls(logits, answer):
@@ -145,6 +155,36 @@ def formula_wtnpo(policy, reference, beta=4.0, alpha=1.5):
     return (p.detach() ** alpha * (2 / beta) * torch.log(1 + (p / q) ** beta)).mean()
 
 
+def cross_entropy(target, logits):
+    return -(target * torch.log(torch.exp(logits) / torch.exp(logits).sum())).sum()
+
+
+def formula_undial(policy, reference, beta=10.0):
+    terms = []
+    for row, t, label in answer_positions("original"):
+        teacher = reference["original"][row, t].clone()
+        teacher[label] = teacher[label] - beta
+        terms.append(cross_entropy(torch.softmax(teacher, 0), policy["original"][row, t]))
+    return sum(terms) / len(terms)
+
+
+def formula_ceu(policy, reference):
+    terms, seen = [], set()
+    for row, t, label in answer_positions("original"):
+        if row in seen:
+            logits = policy["original"][row, t]
+            others = torch.exp(logits.detach())
+            others[label] = 0
+            terms.append(cross_entropy(others / others.sum(), logits))
+        seen.add(row)
+    return sum(terms) / len(terms)
+
+
+def formula_pdu(policy, reference):
+    rows = [policy["original"][row, t] for row, t, _ in answer_positions("original")]
+    return sum((max(row) - sum(row) / VOCABULARY) ** 2 for row in rows) / len(rows)
+
+
 def formula_gd(policy, reference):
     return token_mean(policy, "original")
 
@@ -178,9 +218,12 @@ FORMULAS = {
     ("forget", "satimp"): formula_satimp,
     ("forget", "tnpo"): formula_tnpo,
     ("forget", "wtnpo"): formula_wtnpo,
+    ("forget", "undial"): formula_undial,
+    ("forget", "ceu"): formula_ceu,
+    ("forget", "pdu"): formula_pdu,
     ("retain", "gd"): formula_gd,
     ("retain", "kl"): formula_kl,
     ("retain", "ap"): formula_ap,
 }
 # Losses whose gradient holds a part of them constant: not the slope of their value.
-CONSTANT_WEIGHTS = {("forget", name) for name in ("wga", "satimp", "wtnpo")}
+CONSTANT_WEIGHTS = {("forget", name) for name in ("wga", "satimp", "wtnpo", "ceu")}

@@ -7,6 +7,7 @@ import torch
 from formulas import (
     CONSTANT_WEIGHTS,
     FORMULAS,
+    answer_positions,
     formula_simnpo,
     nlls,
     random_logits,
@@ -28,6 +29,7 @@ PARAMETERS = [
     ("forget", "satimp", {"beta1": 1.0, "beta2": 3.0}),
     ("forget", "tnpo", {"beta": 0.7}),
     ("forget", "wtnpo", {"beta": 2.0, "alpha": 0.5}),
+    ("forget", "undial", {"beta": 1.5}),
 ]
 CASES = [(role, name, {}) for role, name in FORMULAS] + PARAMETERS
 
@@ -142,7 +144,7 @@ def test_answer_preservation_is_log_2_over_beta_where_both_answers_are_equally_l
     torch.testing.assert_close(values, torch.full((2,), 10 * math.log(2)))
 
 
-@pytest.mark.parametrize("name", ["npo", "simnpo", "dpo", "me", "idk", "tnpo", "wtnpo"])
+@pytest.mark.parametrize("name", ["npo", "simnpo", "dpo", "me", "idk", "tnpo", "wtnpo", "pdu"])
 def test_bounded_forget_losses_stay_above_zero_however_unlikely_the_answer(name):
     far = {answer: 300 * logits for answer, logits in random_logits(1).items()}
     value = float(reduced(FORGET_LOSSES[name], far, random_logits(2)))
@@ -175,6 +177,40 @@ def test_weighted_ascent_leaves_alone_what_is_forgotten():
         assert logps.grad[0, 0] > 1e-2 and logps.grad[0, 1] < 1e-8
 
 
+def test_undial_rests_at_its_teacher():
+    # The cross-entropy's gradient, p - q, is zero where the model is the lowered reference.
+    reference = random_logits(2)
+    policy = {answer: values.clone() for answer, values in reference.items()}
+    for row, t, label in answer_positions("original"):
+        policy["original"][row, t, label] -= 10
+    policy["original"].requires_grad_()
+    reduced(FORGET_LOSSES["undial"], policy, reference).backward()
+    assert policy["original"].grad.abs().max() < 1e-7
+
+
+def test_ceu_moves_only_the_token_against_all_others():
+    # p - q: p_y at the token, -p_y p_v / (1 - p_y) elsewhere; its sum is zero.
+    policy = random_logits(1)
+    policy["original"].requires_grad_()
+    scores = scored(policy, "answer_after_first")
+    FORGET_LOSSES["ceu"](scores).sum().backward()
+    seen = set()
+    for row, t, label in answer_positions("original"):
+        p = policy["original"][row, t].detach().softmax(0)
+        expected = -p[label] * p / (1 - p[label])
+        expected[label] = p[label]
+        if row not in seen:
+            expected = torch.zeros(7)  # the first token of an answer
+        seen.add(row)
+        found = policy["original"].grad[row, t]
+        torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_flat_logits_have_no_pdu_loss():
+    flat = {answer: torch.full_like(v, 3.5) for answer, v in random_logits(1).items()}
+    assert float(reduced(FORGET_LOSSES["pdu"], flat, flat)) == pytest.approx(0, abs=1e-6)
+
+
 def test_ascent_and_descent_are_opposite():
     logits = random_logits(1)
     ascent = reduced(FORGET_LOSSES["ga"], logits, logits)
@@ -198,6 +234,9 @@ def test_ascent_and_descent_are_opposite():
         ("satimp", "token", "answer", None, "untargeted"),
         ("tnpo", "token", "answer", "logp", "untargeted"),
         ("wtnpo", "token", "answer", "logp", "untargeted"),
+        ("undial", "token", "answer", "distribution", "untargeted"),
+        ("ceu", "token", "answer_after_first", None, "untargeted"),
+        ("pdu", "token", "answer", None, "untargeted"),
         ("gd", "token", "answer", None, None),
         ("kl", "token", "attended", "distribution", None),
         ("ap", "sequence", "answer", None, None),

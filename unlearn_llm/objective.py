@@ -26,15 +26,16 @@ class Loss:
     number per sequence. The trainer divides the sum over the window by what `per` names.
 
     Attributes:
-        answers: The answers it reads ("original", "idk").
+        answers: The answers it reads: "original", "idk" (a refusal), "random" (of another row),
+            "alternate" (a column of the data).
         per: "token": the sum over sequences is divided by the number of scored tokens in the
             window; "sequence": by the number of sequences. Mixing the two changes the weight of a
             loss by the length of an answer.
         positions: "answer" scores the answer's tokens, "answer_after_first" all but the first of
             them, "attended" every real token.
         reference: What it reads of the reference model, None if nothing.
-        kind: For forget losses, "targeted" if the model is taught what to say instead (OVR then
-            contains TFE), "untargeted" if not.
+        kind: For forget losses, "targeted" if the model is taught to refuse (OVR then contains
+            TFE), "untargeted" if not.
         parameters: Keyword arguments bound by the recipe, such as beta.
     """
 

@@ -325,4 +325,4 @@ def _pairs(source: str, data: DataSettings) -> list[QA]:
 
 
 def _texts(source: str, data: DataSettings) -> list[str]:
-    return [text for pair in _pairs(source, data) for text in pair]
+    return [text for pair in _pairs(source, data) for text in pair[:2]]

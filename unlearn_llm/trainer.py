@@ -17,7 +17,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 import unlearn_llm.losses  # noqa: F401  registers the names of the losses
 from unlearn_llm.callbacks import ForgetLearningRate, forget_lr_scale
 from unlearn_llm.config import UnlearnConfig, check_one_role
-from unlearn_llm.dataset import Collator, EncodedRows, RoleDataset, read_refusals
+from unlearn_llm.dataset import Collator, RoleDataset, read_refusals
 from unlearn_llm.dual_setup import check_eight_bit, observations, set_up
 from unlearn_llm.encode import CHAT, Encoder, check_context
 from unlearn_llm.errors import NonFiniteError, UserError
@@ -98,20 +98,17 @@ class UnlearnTrainer(Trainer):
         forget_pairs = _as_pairs(forget_dataset, "the forget set")
         retain_pairs = _as_pairs(retain_dataset, "the retain set")
         check_disjoint(forget_pairs, retain_pairs, allow_overlap)
-        forget, retain = (
-            EncodedRows(
-                pairs,
-                encoder,
-                self._loss(role).answers,
-                refusals=refusals,
-                seed=args.refusal_seed,
-            )
-            for role, pairs in zip(ROLES, (forget_pairs, retain_pairs), strict=True)
+        self.role_rows = RoleDataset.encode(
+            {"forget": forget_pairs, "retain": retain_pairs},
+            encoder,
+            {role: self._loss(role).answers for role in ROLES},
+            refusals=refusals,
+            seed=args.refusal_seed,
         )
+        forget, retain = self.role_rows.rows["forget"], self.role_rows.rows["retain"]
         context = model.config.to_dict().get("max_position_embeddings")
         check_context(forget.lengths, context, "the forget set")
         check_context(retain.lengths, context, "the retain set")
-        self.role_rows = RoleDataset(forget, retain)
         self._window_rows = (
             args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         )

@@ -17,10 +17,14 @@ VOCABULARY = 7
 LABELS = {
     "original": [[-100, -100, 3, 1, 6, 2], [-100, 5, 2, -100, -100], [-100, -100, -100, 4, 2]],
     "idk": [[-100, -100, 1, 2], [-100, 6, 0, 4, 2], [-100, -100, -100, 2]],
+    "random": [[-100, -100, 5, 0, 2], [-100, 3, 2], [-100, -100, -100, 1, 1, 2]],
+    "alternate": [[-100, -100, 4, 6, 2], [-100, 1, 1, 3, 2], [-100, -100, -100, 0, 2]],
 }  # fmt: skip
 ATTENTION = {
     "original": [[1] * 6, [1, 1, 1, 0, 0], [1] * 5],
     "idk": [[1] * 4, [1] * 5, [1, 1, 1, 1]],
+    "random": [[1] * 5, [1] * 3, [1] * 6],
+    "alternate": [[1] * 5, [1] * 5, [1] * 5],
 }
 WIDTH = 6
 
@@ -113,9 +117,9 @@ def formula_idk(policy, reference):
     return token_mean(policy, "idk")
 
 
-def formula_dpo(policy, reference, beta=0.1):
+def formula_dpo(policy, reference, beta=0.1, chosen="idk"):
     def ratio(logits):
-        return -nlls(logits, "idk")[0] + nlls(logits, "original")[0]
+        return -nlls(logits, chosen)[0] + nlls(logits, "original")[0]
 
     delta = ratio(policy) - ratio(reference)
     return -(2 / beta) * log_sigmoid(beta * delta).mean()
@@ -185,6 +189,36 @@ def formula_pdu(policy, reference):
     return sum((max(row) - sum(row) / VOCABULARY) ** 2 for row in rows) / len(rows)
 
 
+def formula_flat(policy, reference, divergence="tv"):
+    """-g*(P_refusal) + f*(g*(P_answer)), with f* and g* of the f-GAN paper's tables."""
+    g, conjugate = {
+        "tv": (lambda u: torch.tanh(u) / 2, lambda t: t),
+        "kl": (lambda u: u, lambda t: torch.exp(t - 1)),
+        "pearson": (lambda u: u, lambda t: t * t / 4 + t),
+        "js": (
+            lambda u: math.log(2) - torch.log(1 + torch.exp(-u)),
+            lambda t: -torch.log(2 - torch.exp(t)),
+        ),
+    }[divergence]
+    terms = zip(token_nlls(policy, "idk"), token_nlls(policy, "original"), strict=True)
+    return sum(
+        -g(torch.exp(-refusal).mean()) + conjugate(g(torch.exp(-answer).mean()))
+        for refusal, answer in terms
+    ) / len(LABELS["idk"])
+
+
+def formula_llmu(policy, reference, ascent=0.5):
+    means = {
+        answer: torch.stack([terms.mean() for terms in token_nlls(policy, answer)])
+        for answer in ("original", "random")
+    }
+    return (means["random"] - ascent * means["original"]).mean()
+
+
+def formula_altpo(policy, reference, beta=0.1):
+    return formula_dpo(policy, reference, beta, chosen="alternate")
+
+
 def formula_gd(policy, reference):
     return token_mean(policy, "original")
 
@@ -221,6 +255,9 @@ FORMULAS = {
     ("forget", "undial"): formula_undial,
     ("forget", "ceu"): formula_ceu,
     ("forget", "pdu"): formula_pdu,
+    ("forget", "flat"): formula_flat,
+    ("forget", "llmu"): formula_llmu,
+    ("forget", "altpo"): formula_altpo,
     ("retain", "gd"): formula_gd,
     ("retain", "kl"): formula_kl,
     ("retain", "ap"): formula_ap,

@@ -30,6 +30,11 @@ PARAMETERS = [
     ("forget", "tnpo", {"beta": 0.7}),
     ("forget", "wtnpo", {"beta": 2.0, "alpha": 0.5}),
     ("forget", "undial", {"beta": 1.5}),
+    ("forget", "flat", {"divergence": "kl"}),
+    ("forget", "flat", {"divergence": "pearson"}),
+    ("forget", "flat", {"divergence": "js"}),
+    ("forget", "llmu", {"ascent": 1.5}),
+    ("forget", "altpo", {"beta": 0.5}),
 ]
 CASES = [(role, name, {}) for role, name in FORMULAS] + PARAMETERS
 
@@ -237,6 +242,9 @@ def test_ascent_and_descent_are_opposite():
         ("undial", "token", "answer", "distribution", "untargeted"),
         ("ceu", "token", "answer_after_first", None, "untargeted"),
         ("pdu", "token", "answer", None, "untargeted"),
+        ("flat", "sequence", "answer", None, "targeted"),
+        ("llmu", "sequence", "answer", None, "untargeted"),
+        ("altpo", "sequence", "answer", "logp", "untargeted"),
         ("gd", "token", "answer", None, None),
         ("kl", "token", "attended", "distribution", None),
         ("ap", "sequence", "answer", None, None),

@@ -22,8 +22,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
     0: ("types", "registry", "resources", "errors"),
     1: (
         "schedule", "objective", "plan",
-        "losses", "losses/answers", "losses/distributions", "losses/forget", "losses/retain",
-        "losses/weighted",
+        "losses", "losses/answers", "losses/distributions", "losses/forget", "losses/hidden",
+        "losses/retain", "losses/weighted",
         "optim", "optim/chunked", "optim/codec", "optim/dual", "optim/dual_plus", "optim/noise",
         "optim/storage", "optim/task", "optim/triton_codec", "optim/triton_step", "optim/update",
         "vocabulary", "synthetic", "synthetic_words", "yaml_text",
@@ -32,7 +32,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "evaluation/options", "evaluation/records",
     ),
     2: (
-        "dual_setup", "encode", "rows", "dataset", "models", "scoring", "reference", "progress",
+        "dual_setup", "encode", "rows", "dataset", "models", "hidden", "scoring", "reference",
+        "progress",
         "evaluation/cache", "evaluation/judges", "evaluation/provenance", "evaluation/runner",
     ),
     3: (

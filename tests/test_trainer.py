@@ -365,6 +365,13 @@ def test_every_forget_loss_takes_a_step(tmp_path, name):
         pair._replace(alternate=f"Maybe {pair.answer}") for pair in synthetic_pairs("forget10")
     ]
     before = weights(tiny_model())
-    trainer = trained(tmp_path, objective=f"{name}+gd", max_steps=1, forget=forget)
+    parameters = {"layers": [0]} if FORGET_LOSSES[name].layers else {}
+    trainer = trained(
+        tmp_path,
+        objective=f"{name}+gd",
+        forget_parameters=parameters,
+        max_steps=1,
+        forget=forget,
+    )
     assert math.isfinite(history(trainer, "forget/loss")[0])
     assert not torch.equal(weights(trainer.model), before)

@@ -14,7 +14,7 @@ from unlearn_llm.types import IGNORE_INDEX, Answer, Scored, Sequences
 LossFn = Callable[..., Tensor]
 Per = Literal["token", "sequence"]
 Positions = Literal["answer", "answer_after_first", "attended"]
-Needs = Literal["logp", "distribution"]
+Needs = Literal["logp", "distribution", "hidden"]
 Kind = Literal["targeted", "untargeted"]
 
 
@@ -54,6 +54,15 @@ class Loss:
         """Compute the loss of every sequence, (B,)."""
         scored = (policy,) if self.reference is None else (policy, reference)
         return self.function(*scored, **self.parameters)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The decoder layers whose hidden states it reads: its argument `layers`, if it has one."""
+        argument = inspect.signature(self.function).parameters.get("layers")
+        layers = () if argument is None else self.parameters.get("layers", argument.default)
+        if not isinstance(layers, list | tuple):
+            raise UserError(f"{self.name}: layers: expected a list such as [7], got {layers!r}.")
+        return tuple(layers)
 
     def count(self, sequences: Mapping[Answer, Sequences]) -> int:
         """Count what the loss is averaged by: scored tokens of its answers, or sequences."""

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from unlearn_llm.hidden import captured, reach_every_weight
 from unlearn_llm.objective import Positions, scored_positions
 from unlearn_llm.types import Answer, Distribution, Scored, Sequences
 from unlearn_llm.vocabulary import Logits, LogitStatistics, kl_divergence, logit_statistics
@@ -143,7 +144,10 @@ def _slice(other: Distribution | Tensor, start: int, stop: int) -> Any:
 
 
 def score(
-    model: nn.Module, sequences: Mapping[Answer, Sequences], positions: Positions = "answer"
+    model: nn.Module,
+    sequences: Mapping[Answer, Sequences],
+    positions: Positions = "answer",
+    layers: Sequence[int] = (),
 ) -> dict[Answer, Scored]:
     """Score sequences with a forward pass, on a CPU one for each answer.
 
@@ -151,9 +155,11 @@ def score(
         model: A causal language model, wrapped (DDP, peft) or not.
         sequences: By answer; each (B, T), T may differ.
         positions: Which tokens are scored; see objective.Loss.
+        layers: Decoder layers whose hidden states are given too.
     """
     hidden, masks, targets = {}, {}, {}
-    with hidden_states_for_logits(model) as head:
+    inner: dict[Answer, dict[int, Tensor]] = {answer: {} for answer in sequences}
+    with hidden_states_for_logits(model) as head, captured(unwrapped(model), layers) as states:
         for answers in _forward_passes(sequences):
             joined = _join([sequences[answer] for answer in answers])
             outputs = model(**joined, use_cache=False).logits  # (B, T, H), or V without head
@@ -163,9 +169,13 @@ def score(
                 hidden[answer] = rows[:, : mask.shape[1]][mask]
                 masks[answer] = mask
                 targets[answer] = sequences[answer]["input_ids"][:, 1:]
+            for layer, state in reach_every_weight(states, model).items():
+                for answer, rows in zip(answers, state.split(n_rows), strict=True):
+                    mask = masks[answer]
+                    inner[answer][layer] = rows[:, : mask.shape[1]][mask]
     next_tokens = {answer: targets[answer][mask] for answer, mask in masks.items()}
     found = distributions(hidden, next_tokens, head)
-    return {a: Scored(masks[a], targets[a], found[a]) for a in sequences}
+    return {a: Scored(masks[a], targets[a], found[a], hidden=inner[a]) for a in sequences}
 
 
 def _forward_passes(sequences: Mapping[Answer, Sequences]) -> list[list[Answer]]:

@@ -21,6 +21,7 @@ from unlearn_llm.dataset import Collator, RoleDataset, read_refusals
 from unlearn_llm.dual_setup import check_eight_bit, observations, set_up
 from unlearn_llm.encode import CHAT, Encoder, check_context
 from unlearn_llm.errors import NonFiniteError, UserError
+from unlearn_llm.hidden import check_layers
 from unlearn_llm.models import keep_float32_masters, select_trainable
 from unlearn_llm.objective import Loss, Needs, Objective
 from unlearn_llm.optim import set_role
@@ -29,7 +30,7 @@ from unlearn_llm.progress import RoleLog
 from unlearn_llm.reference import Reference, choose_reference
 from unlearn_llm.rows import QA, check_disjoint, to_pairs
 from unlearn_llm.schedule import Schedule, ScheduledSampler
-from unlearn_llm.scoring import score
+from unlearn_llm.scoring import score, unwrapped
 from unlearn_llm.types import ROLES, Batch, Role
 
 Rows = Sequence[QA] | Sequence[Mapping[str, Any]]
@@ -116,6 +117,8 @@ class UnlearnTrainer(Trainer):
             passes = args.num_train_epochs * len(forget) / self._window_rows
             args.max_steps = self.schedule.steps_for(max(1, math.ceil(passes)))
         self._check_combination(args)
+        for loss in (self.objective.forget, self.objective.retain):
+            check_layers(unwrapped(model), loss.layers, loss.name)
         select_trainable(model, args.trainable)
         keep_float32_masters(model, autocast=args.bf16)
         if args.gradient_checkpointing and isinstance(model, PeftModel):
@@ -235,11 +238,11 @@ class UnlearnTrainer(Trainer):
         with self.accelerator.autocast():
             for role, sequences in inputs.items():
                 loss = self._loss(role)
-                policy = score(model, sequences, loss.positions)
+                policy = score(model, sequences, loss.positions, loss.layers)
                 reference = None
                 if loss.reference is not None:
                     assert self.reference is not None  # made in train()
-                    reference = self.reference(role, sequences, loss.positions)
+                    reference = self.reference(role, sequences, loss.positions, loss.layers)
                 values = loss(policy, reference)
                 if self.args.averaging == "window":
                     denominator: Any = self._denominators[role]

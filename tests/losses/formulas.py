@@ -41,8 +41,8 @@ def random_logits(seed, scale=2.0):
     }
 
 
-def scored(logits, positions):
-    """What the scorer hands to a loss, from full logits."""
+def scored(logits, positions, layers=()):
+    """What the scorer hands to a loss, from full logits; hidden states are logits, turned."""
     result = {}
     for answer, values in logits.items():
         labels, attention = padded(LABELS[answer], -100), padded(ATTENTION[answer], 0)
@@ -53,7 +53,8 @@ def scored(logits, positions):
         targets = labels[:, 1:].clamp(min=0)
         head = Head(lambda rows: rows, VOCABULARY)
         distribution = ChunkedDistribution(values[:, :-1][mask], targets[mask], head)
-        result[answer] = Scored(mask, targets, distribution)
+        states = {layer: values[:, :-1].roll(layer, -1)[mask] for layer in layers}
+        result[answer] = Scored(mask, targets, distribution, hidden=states)
     return result
 
 
@@ -219,6 +220,56 @@ def formula_altpo(policy, reference, beta=0.1):
     return formula_dpo(policy, reference, beta, chosen="alternate")
 
 
+def hidden_states(logits, layers):
+    """Of every layer the states at the positions of the answer's tokens."""
+    return [
+        [logits["original"][row, t].roll(layer) for row, t, _ in answer_positions("original")]
+        for layer in layers
+    ]
+
+
+def mean_over_tokens_and_layers(function, policy, reference, layers):
+    ours, theirs = hidden_states(policy, layers), hidden_states(reference, layers)
+    terms = [
+        function(h, h_ref)
+        for states, others in zip(ours, theirs, strict=True)
+        for h, h_ref in zip(states, others, strict=True)
+    ]
+    return sum(terms) / len(terms)
+
+
+def formula_rmu(policy, reference, layers=(7,), steering=2.0, seed=0):
+    r = torch.rand(VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    u = steering * r / torch.sqrt(sum(r * r))
+
+    def error(h, h_ref):
+        return sum((h - u) ** 2) / VOCABULARY
+
+    return mean_over_tokens_and_layers(error, policy, reference, layers)
+
+
+def formula_rr(policy, reference, layers=(9, 19)):
+    def rerouted(h, h_ref):
+        cosine = sum(h * h_ref) / torch.sqrt(sum(h * h)) / torch.sqrt(sum(h_ref * h_ref))
+        return torch.clamp(cosine, min=0)
+
+    return mean_over_tokens_and_layers(rerouted, policy, reference, layers)
+
+
+def formula_embed_diff(policy, reference, layers=(7,)):
+    def error(h, h_ref):
+        return sum((h - h_ref) ** 2) / VOCABULARY
+
+    return mean_over_tokens_and_layers(error, policy, reference, layers)
+
+
+def formula_embed_l2(policy, reference, layers=(9, 19)):
+    def distance(h, h_ref):
+        return torch.sqrt(sum((h - h_ref) ** 2))
+
+    return mean_over_tokens_and_layers(distance, policy, reference, layers)
+
+
 def formula_gd(policy, reference):
     return token_mean(policy, "original")
 
@@ -258,6 +309,10 @@ FORMULAS = {
     ("forget", "flat"): formula_flat,
     ("forget", "llmu"): formula_llmu,
     ("forget", "altpo"): formula_altpo,
+    ("forget", "rmu"): formula_rmu,
+    ("forget", "rr"): formula_rr,
+    ("retain", "embed_diff"): formula_embed_diff,
+    ("retain", "embed_l2"): formula_embed_l2,
     ("retain", "gd"): formula_gd,
     ("retain", "kl"): formula_kl,
     ("retain", "ap"): formula_ap,

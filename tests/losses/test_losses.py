@@ -35,6 +35,10 @@ PARAMETERS = [
     ("forget", "flat", {"divergence": "js"}),
     ("forget", "llmu", {"ascent": 1.5}),
     ("forget", "altpo", {"beta": 0.5}),
+    ("forget", "rmu", {"layers": [0, 3], "steering": 6.5, "seed": 4}),
+    ("forget", "rr", {"layers": [2]}),
+    ("retain", "embed_diff", {"layers": [1, 5]}),
+    ("retain", "embed_l2", {"layers": [2]}),
 ]
 CASES = [(role, name, {}) for role, name in FORMULAS] + PARAMETERS
 
@@ -45,9 +49,9 @@ def registry(role):
 
 def reduced(loss, policy_logits, reference_logits):
     """The loss of the batch as the trainer reduces it."""
-    policy = scored(policy_logits, loss.positions)
+    policy = scored(policy_logits, loss.positions, loss.layers)
     with torch.no_grad():
-        reference = scored(reference_logits, loss.positions)
+        reference = scored(reference_logits, loss.positions, loss.layers)
     values = loss(policy, reference)
     assert values.shape == (3,)
     if loss.per == "sequence":
@@ -216,6 +220,28 @@ def test_flat_logits_have_no_pdu_loss():
     assert float(reduced(FORGET_LOSSES["pdu"], flat, flat)) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["embed_diff", "embed_l2"])
+def test_hidden_states_that_are_the_references_have_no_loss_and_a_gradient_of_zero(name):
+    policy, reference = random_logits(1), random_logits(1)
+    policy["original"].requires_grad_()
+    loss = reduced(RETAIN_LOSSES[name], policy, reference)
+    loss.backward()
+    assert loss.item() == 0 and not policy["original"].grad.any()
+
+
+def test_rerouting_rests_at_a_right_angle_and_beyond():
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    ours = torch.tensor([[0.0, 3.0], [-1.0, 1.0]], requires_grad=True)
+    theirs = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
+    policy, reference = (
+        {"original": Scored(mask, torch.zeros(1, 2).long(), hidden={4: state})}
+        for state in (ours, theirs)
+    )
+    loss = FORGET_LOSSES["rr"].bind({"layers": [4]})(policy, reference)
+    loss.sum().backward()
+    assert loss.tolist() == [0] and not ours.grad.any()
+
+
 def test_ascent_and_descent_are_opposite():
     logits = random_logits(1)
     ascent = reduced(FORGET_LOSSES["ga"], logits, logits)
@@ -245,6 +271,10 @@ def test_ascent_and_descent_are_opposite():
         ("flat", "sequence", "answer", None, "targeted"),
         ("llmu", "sequence", "answer", None, "untargeted"),
         ("altpo", "sequence", "answer", "logp", "untargeted"),
+        ("rmu", "token", "answer", None, "untargeted"),
+        ("rr", "token", "answer", "hidden", "untargeted"),
+        ("embed_diff", "token", "answer", "hidden", None),
+        ("embed_l2", "token", "answer", "hidden", None),
         ("gd", "token", "answer", None, None),
         ("kl", "token", "attended", "distribution", None),
         ("ap", "sequence", "answer", None, None),

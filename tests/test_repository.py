@@ -37,7 +37,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "evaluation/cache", "evaluation/judges", "evaluation/provenance", "evaluation/runner",
     ),
     3: (
-        "config", "callbacks", "trainer", "finetune",
+        "config", "callbacks", "trainer", "finetune", "alternates",
         "evaluation/strict", "evaluation/suite", "evaluation/samples", "evaluation/evaluate",
     ),
     4: (

@@ -178,9 +178,10 @@ def formula_ceu(policy, reference):
     for row, t, label in answer_positions("original"):
         if row in seen:
             logits = policy["original"][row, t]
-            others = torch.exp(logits.detach())
-            others[label] = 0
-            terms.append(cross_entropy(others / others.sum(), logits))
+            p = torch.exp(logits) / torch.exp(logits).sum()
+            q = [p[v] / (1 - p[label]) for v in range(VOCABULARY)]
+            others = [v for v in range(VOCABULARY) if v != label]
+            terms.append(sum(q[v] * torch.log(q[v] / p[v]) for v in others))
         seen.add(row)
     return sum(terms) / len(terms)
 
@@ -318,4 +319,4 @@ FORMULAS = {
     ("retain", "ap"): formula_ap,
 }
 # Losses whose gradient holds a part of them constant: not the slope of their value.
-CONSTANT_WEIGHTS = {("forget", name) for name in ("wga", "satimp", "wtnpo", "ceu")}
+CONSTANT_WEIGHTS = {("forget", name) for name in ("wga", "satimp", "wtnpo")}

@@ -18,6 +18,7 @@ from formulas import (
 import unlearn_llm.losses  # noqa: F401  registers the names
 from unlearn_llm.errors import UserError
 from unlearn_llm.objective import FORGET_LOSSES, RETAIN_LOSSES, Objective
+from unlearn_llm.scoring import ChunkedDistribution, Head
 from unlearn_llm.types import Scored
 
 PARAMETERS = [
@@ -153,7 +154,9 @@ def test_answer_preservation_is_log_2_over_beta_where_both_answers_are_equally_l
     torch.testing.assert_close(values, torch.full((2,), 10 * math.log(2)))
 
 
-@pytest.mark.parametrize("name", ["npo", "simnpo", "dpo", "me", "idk", "tnpo", "wtnpo", "pdu"])
+@pytest.mark.parametrize(
+    "name", ["npo", "simnpo", "dpo", "me", "idk", "tnpo", "wtnpo", "pdu", "ceu"]
+)
 def test_bounded_forget_losses_stay_above_zero_however_unlikely_the_answer(name):
     far = {answer: 300 * logits for answer, logits in random_logits(1).items()}
     value = float(reduced(FORGET_LOSSES[name], far, random_logits(2)))
@@ -213,6 +216,40 @@ def test_ceu_moves_only_the_token_against_all_others():
         seen.add(row)
         found = policy["original"].grad[row, t]
         torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_ceu_has_the_gradient_of_the_authors_cross_entropy():
+    policy = random_logits(1)
+    logits = policy["original"].requires_grad_()
+    (ours,) = torch.autograd.grad(reduced(FORGET_LOSSES["ceu"], policy, policy), [logits])
+    terms, seen = [], set()
+    for row, t, label in answer_positions("original"):
+        if row in seen:
+            others = logits[row, t].detach().exp()
+            others[label] = 0
+            terms.append(-(others / others.sum() * logits[row, t].log_softmax(0)).sum())
+        seen.add(row)
+    (theirs,) = torch.autograd.grad(sum(terms) / len(terms), [logits])
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_teacher_gets_no_gradient_though_its_head_would_take_one():
+    # A reference may share the trainable head: only its hidden states come without gradient.
+    head = torch.nn.Linear(5, 7, bias=False)
+    hidden, targets = torch.randn(4, 5), torch.tensor([1, 2, 3, 4])
+    mask = torch.ones(1, 4, dtype=torch.bool)
+
+    def of(linear):
+        made = ChunkedDistribution(hidden, targets, Head(linear.forward, 7, linear))
+        return {"original": Scored(mask, targets[None], made)}
+
+    FORGET_LOSSES["undial"](of(head), of(head)).sum().backward()
+    shared, head.weight.grad = head.weight.grad, None
+    with torch.no_grad():
+        copied = torch.nn.Linear(5, 7, bias=False)
+        copied.weight.copy_(head.weight)
+    FORGET_LOSSES["undial"](of(head), of(copied.requires_grad_(False))).sum().backward()
+    torch.testing.assert_close(shared, head.weight.grad)
 
 
 def test_flat_logits_have_no_pdu_loss():

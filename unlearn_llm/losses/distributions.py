@@ -26,7 +26,7 @@ def undial(policy: Scores, reference: Scores, *, beta: float = 10.0) -> Tensor:
 
     def distil(logps: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
         lowered = torch.full_like(tokens[:, None], -beta, dtype=teacher.dtype)
-        teacher = teacher.scatter_add(1, tokens[:, None], lowered).softmax(-1)
+        teacher = teacher.detach().scatter_add(1, tokens[:, None], lowered).softmax(-1)
         return -(teacher * logps).sum(-1)
 
     return policy["original"].spread(ours.map(distil, theirs, targets)).sum(-1)
@@ -36,11 +36,12 @@ def undial(policy: Scores, reference: Scores, *, beta: float = 10.0) -> Tensor:
 def ceu(policy: Scores) -> Tensor:
     """Learn the model's own distribution without the answer's token, token mean.
 
-    Cross-entropy of the model under sg[softmax(logits, the token's at -inf)]. The first token of
-    every answer is left alone.
+    KL(q || model), where q is the softmax of the logits with the token's at -inf; that is
+    -log(1 - p). The first token of every answer is left alone.
 
     Source: Yang 2025 (CE-U), arXiv:2503.01224, with the footnote on the first token.
-    Differs: no difference, but the token mean is taken over the whole window.
+    Differs: the author's cross-entropy under sg[q] is larger by the entropy of q, held constant:
+        the same gradient, but a value that does not fall to 0 as the answer is forgotten.
     """
     ours, targets = _answer(policy["original"])
     return policy["original"].spread(ours.map(_without_token, targets)).sum(-1)
@@ -62,8 +63,8 @@ def pdu(policy: Scores) -> Tensor:
 
 
 def _without_token(logps: Tensor, tokens: Tensor) -> Tensor:
-    others = logps.detach().scatter(1, tokens[:, None], -torch.inf).softmax(-1)
-    return -(others * logps).sum(-1)
+    """-log(1 - p) as a sum over the other tokens, which is exact for p near 1."""
+    return -logps.scatter(1, tokens[:, None], -torch.inf).logsumexp(-1)
 
 
 def _squared_margin(logps: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ def _steps(given: argparse.Namespace) -> dict[str, Step]:
         tokenizer = AutoTokenizer.from_pretrained(given.model)
         model: Any = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
     else:
-        texts = [text for role in pairs for pair in pairs[role] for text in pair]
+        texts = [text for role in pairs for pair in pairs[role] for text in pair[:2]]
         tokenizer = new_tokenizer(texts, given.vocabulary)
         new = NewModel(
             hidden_size=given.hidden,

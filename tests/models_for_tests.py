@@ -27,7 +27,7 @@ def synthetic_pairs(split: str) -> list[QA]:
 def small_tokenizer():
     """A byte-level BPE tokenizer of 600 tokens, without a chat template."""
     pairs = [*synthetic_pairs("forget10"), *synthetic_pairs("retain90")]
-    return new_tokenizer([text for pair in pairs for text in pair], vocabulary=600)
+    return new_tokenizer([text for pair in pairs for text in pair[:2]], vocabulary=600)
 
 
 def tiny_model(family: str = "llama", seed: int = 0, lora: bool = False):

@@ -213,6 +213,18 @@ def test_train_unlearns_saves_and_measures(unlearn, target):
     assert recomputed["MU9"]["value"] == result["scores"]["MU9"]["value"]
 
 
+def test_alternates_are_made_up_and_trained_on(unlearn, target, monkeypatch):
+    # The model of this file reads 128 tokens, fewer than the whole prompt has here.
+    monkeypatch.setattr("unlearn_llm.alternates.PROMPT", "{question}")
+    options = ["--repeats", "1", "--max-new-tokens", "4"]
+    made = unlearn("generate-alternates", "forget.yaml", "alternates.jsonl", *options)
+    assert made.code == 0, made.err
+    assert "rows to alternates.jsonl" in made.out
+    names = ["data.forget=alternates.jsonl", "train.objective=altpo+gd", "evaluate=null"]
+    run = unlearn("train", "forget.yaml", *names, "train.max_steps=1", "train.output_dir=altpo")
+    assert run.code == 0, run.err
+
+
 def test_eval_takes_the_template_from_the_run(unlearn, target):
     limits = ["limit=1", "max_new_tokens=2"]
     done = unlearn("eval", "target", "--suite", "synthetic", *limits, "--json", "--output", "out")

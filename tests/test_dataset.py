@@ -7,6 +7,7 @@ from unlearn_llm.dataset import (
     Collator,
     EncodedRows,
     RoleDataset,
+    random_answer_of,
     read_refusals,
     refusal_of,
 )
@@ -61,6 +62,39 @@ def test_rows_hold_every_answer_asked_for_and_their_own_number(encoder, tokenize
     rows = EncodedRows(PAIRS, encoder, ("original", "idk"), refusals=REFUSALS)
     assert {answer: number for answer, (number, _) in rows[2].items()} == {"original": 2, "idk": 2}
     assert answer_of(tokenizer, rows[2]["original"][1]) == PAIRS[2].answer
+
+
+def test_a_random_answer_depends_on_seed_and_row_and_is_never_the_rows_own():
+    answers = [f"Answer {n}." for n in range(8)]
+    first = [random_answer_of(row, "Answer 3.", answers, seed=1) for row in range(40)]
+    random.seed(5)
+    again = [random_answer_of(row, "Answer 3.", answers, seed=1) for row in reversed(range(40))]
+    assert again == first[::-1]
+    assert [random_answer_of(row, "Answer 3.", answers, seed=2) for row in range(40)] != first
+    # 40 draws of seven answers miss a given one with probability (6/7)^40 = 0.2%.
+    assert set(first) == set(answers) - {"Answer 3."}
+    with pytest.raises(UserError, match="Row 4 has the only answer"):
+        random_answer_of(4, "Yes.", ["Yes.", "Yes."], seed=0)
+
+
+def test_random_answers_are_those_of_retain_rows(encoder, tokenizer):
+    answers = {"forget": ("random",), "retain": ("original",)}
+    pairs = {"forget": PAIRS[:2], "retain": PAIRS[2:]}
+    before = random.getstate(), torch.get_rng_state()
+    dataset = RoleDataset.encode(pairs, encoder, answers, refusals=(), seed=3)
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+    kept = [pair.answer for pair in PAIRS[2:]]
+    for row in range(2):
+        found = answer_of(tokenizer, dataset.rows["forget"][row]["random"][1])
+        assert found == random_answer_of(row, PAIRS[row].answer, kept, seed=3)
+
+
+def test_alternate_answers_come_with_the_pairs(encoder, tokenizer):
+    pairs = [pair._replace(alternate=f"Number {n}?") for n, pair in enumerate(PAIRS)]
+    rows = EncodedRows(pairs, encoder, ("alternate", "original"))
+    assert answer_of(tokenizer, rows[4]["alternate"][1]) == "Number 4?"
+    with pytest.raises(UserError, match=r"gives original\. Every row needs .* column `alternate`"):
+        EncodedRows([*pairs[:5], PAIRS[5]], encoder, ("alternate",))
 
 
 def test_other_answers_can_be_given_by_name(encoder, tokenizer):

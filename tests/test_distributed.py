@@ -38,6 +38,15 @@ RUNS = {
         "lora": True,
         "settings": {**ALTERNATE, **TWO, "objective": "npo+kl", "optimizer": "dual_adamw"},
     },
+    "alternate_hidden_states": {
+        "settings": {
+            **ALTERNATE,
+            **TWICE_ONE,
+            "objective": "rmu+embed_diff",
+            "forget_parameters": {"layers": [0]},
+            "retain_parameters": {"layers": [0]},
+        },
+    },
     "joint_fixed_pairing_me_gd": {
         "settings": {**JOINT, **TWO, "objective": "me+gd", "pairing": "fixed"},
     },

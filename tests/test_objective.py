@@ -29,6 +29,14 @@ def test_parameters_bound_twice_add_up():
     assert loss.parameters == {"beta": 4.5, "delta": 1.0}
 
 
+@pytest.mark.parametrize(("name", "counted"), [("ga", 5), ("ceu", 3), ("npo", 2)])
+def test_a_loss_counts_what_it_is_averaged_by(name, counted):
+    labels = torch.tensor([[-100, -100, 4, 5, 6], [-100, 7, 8, -100, -100]])
+    attention = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    sequences = {"labels": labels, "attention_mask": attention, "rows": torch.arange(2)}
+    assert FORGET_LOSSES[name].count({"original": sequences}) == counted
+
+
 def test_an_unknown_parameter_is_answered_with_the_nearest():
     with pytest.raises(UserError, match=r"'npo' has no parameter 'bta'. Did you mean 'beta'"):
         Objective.parse("npo+gd", forget={"bta": 0.1})

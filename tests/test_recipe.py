@@ -105,6 +105,32 @@ def test_published_runs_use_forty_rows_and_the_mean_of_micro_batches(matrix):
             assert recipe.setting("averaging") == "micro_batch"
 
 
+def test_methods_of_other_papers_have_their_own_settings(recipes):
+    methods = {name: r for name, r in recipes.items() if name.startswith("tofu/methods/")}
+    assert len(methods) == 30
+    expected = {  # methods.md 1.7 to 1.17
+        "wga": {"beta": 1.0},
+        "tnpo": {"beta": 4.0},
+        "wtnpo": {"beta": 4.0, "alpha": 1.5},
+        "satimp": {"beta1": 5.0, "beta2": 1.0},
+        "undial": {"beta": 10.0},
+        "ceu": {},
+        "flat": {"divergence": "tv"},
+        "llmu": {"ascent": 0.5},
+        "rmu": {"layers": [7], "steering": 2.0},
+        "rr": {"layers": [4, 9]},
+    }
+    for name, recipe in methods.items():
+        _, _, split, method = name.split("/")
+        assert recipe.data.forget == f"tofu/{split}"
+        assert recipe.objective().forget.name == method
+        assert recipe.setting("forget_parameters") == expected[method]
+        # Whose papers have no retain side: steps of the forget set alone.
+        alone = recipe.setting("schedule") == "alternate"
+        assert alone == (method in ("undial", "ceu", "flat"))
+        assert recipe.objective().forget.layers == recipe.objective().retain.layers
+
+
 # Published numbers.
 
 

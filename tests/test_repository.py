@@ -21,7 +21,9 @@ MAX_LINES = 400
 FLOORS: dict[int, tuple[str, ...]] = {
     0: ("types", "registry", "resources", "errors"),
     1: (
-        "schedule", "objective", "plan", "losses", "losses/forget", "losses/retain",
+        "schedule", "objective", "plan",
+        "losses", "losses/answers", "losses/distributions", "losses/forget", "losses/hidden",
+        "losses/retain", "losses/weighted",
         "optim", "optim/chunked", "optim/codec", "optim/dual", "optim/dual_plus", "optim/noise",
         "optim/storage", "optim/task", "optim/triton_codec", "optim/triton_step", "optim/update",
         "combine", "combine/base", "combine/gradients", "combine/ngdiff", "combine/ofmu",
@@ -32,11 +34,12 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "evaluation/options", "evaluation/records",
     ),
     2: (
-        "dual_setup", "encode", "rows", "dataset", "models", "scoring", "reference", "progress",
+        "dual_setup", "encode", "rows", "dataset", "models", "hidden", "scoring", "reference",
+        "progress",
         "evaluation/cache", "evaluation/judges", "evaluation/provenance", "evaluation/runner",
     ),
     3: (
-        "config", "callbacks", "combining", "trainer", "finetune",
+        "config", "callbacks", "combining", "trainer", "finetune", "alternates",
         "evaluation/strict", "evaluation/suite", "evaluation/samples", "evaluation/evaluate",
     ),
     4: (
@@ -184,28 +187,32 @@ def test_every_public_name_has_a_docstring(file):
     assert not missing, f"no docstring: {', '.join(missing)}"
 
 
-def decorated_losses() -> Iterator[tuple[str, ast.FunctionDef]]:
-    for name in ("forget", "retain"):
-        tree = ast.parse((PACKAGE / "losses" / f"{name}.py").read_text(encoding="utf-8"))
+def decorated_losses() -> Iterator[tuple[str, str, ast.FunctionDef]]:
+    """Module, role and function of every loss: a public function of the losses folder."""
+    for module in unlearn_llm.losses.__all__:
+        tree = ast.parse((PACKAGE / "losses" / f"{module}.py").read_text(encoding="utf-8"))
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                yield name, node
+                decorators = [d.func for d in node.decorator_list if isinstance(d, ast.Call)]
+                (role,) = [d.id.removesuffix("_loss") for d in decorators if hasattr(d, "id")]
+                yield module, role, node
 
 
 LOSSES = list(decorated_losses())
 
 
 def test_every_registered_loss_is_a_function_of_the_losses_folder():
-    assert unlearn_llm.losses.__all__ == ["forget", "retain"]
-    named = {role: {node.name for kind, node in LOSSES if kind == role} for role, _ in LOSSES}
+    modules = {file.stem for file in (PACKAGE / "losses").glob("*.py")} - {"__init__"}
+    assert set(unlearn_llm.losses.__all__) == modules
+    named = {role: {node.name for _, kind, node in LOSSES if kind == role} for _, role, _ in LOSSES}
     assert named == {"forget": set(FORGET_LOSSES), "retain": set(RETAIN_LOSSES)}
 
 
-@pytest.mark.parametrize(("role", "node"), LOSSES, ids=[node.name for _, node in LOSSES])
-def test_every_loss_cites_its_source_and_what_differs(role, node):
+@pytest.mark.parametrize(("module", "role", "node"), LOSSES, ids=[n.name for _, _, n in LOSSES])
+def test_every_loss_cites_its_source_and_what_differs(module, role, node):
     text = ast.get_docstring(node) or ""
     for word in ("Source:", "Differs:"):
-        assert word in text, f"losses/{role}.py {node.name}: say '{word}'"
+        assert word in text, f"losses/{module}.py {node.name}: say '{word}'"
     assert text.index("Source:") < text.index("Differs:")
 
 

@@ -148,6 +148,15 @@ def messages(*turns):
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
+def test_an_alternate_answer_is_read_from_its_column():
+    rows = [{"question": "Who?", "answer": "She.", "alternate": "He."}]
+    assert to_pairs(rows, "x") == [QA("Who?", "She.", "He.")]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert to_pairs([{"messages": turns, "alternate": "c"}], "x") == [QA("a", "b", "c")]
+    with pytest.raises(UserError, match="x, row 0: column 'alternate' should hold text, got int"):
+        to_pairs([{**rows[0], "alternate": 3}], "x")
+
+
 def test_messages_give_the_last_user_turn_and_its_reply():
     rows = [
         messages(("system", "s"), ("user", "Who?"), ("assistant", "She.")),

@@ -13,6 +13,7 @@ from unlearn_llm.dataset import Collator, EncodedRows
 from unlearn_llm.encode import Encoder
 from unlearn_llm.losses.retain import kl
 from unlearn_llm.models import LoraSettings, add_lora
+from unlearn_llm.objective import FORGET_LOSSES
 from unlearn_llm.scoring import (
     PLAIN_HEADS,
     ChunkedDistribution,
@@ -54,7 +55,8 @@ def full_logps(model, part, positions="answer"):
         ids = part["input_ids"][row : row + 1, :length]
         logps = model(input_ids=ids).logits[0].float().log_softmax(-1)
         for t in range(length - 1):
-            if positions == "attended" or part["labels"][row, t + 1] != -100:
+            first = part["labels"][row, t] == -100 and positions == "answer_after_first"
+            if positions == "attended" or (part["labels"][row, t + 1] != -100 and not first):
                 result[row, t] = logps[t, ids[0, t + 1]]
     return result
 
@@ -76,7 +78,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("positions", ["answer", "attended"])
+@pytest.mark.parametrize("positions", ["answer", "answer_after_first", "attended"])
 def test_log_probabilities_are_those_of_full_logits(sequences, small_chunks, make, positions):
     model = make()
     with torch.no_grad():
@@ -339,6 +341,17 @@ def test_no_tensor_of_all_positions_by_vocabulary_is_ever_made(sequences, small_
     with LargestVocabularyTensor() as largest:
         score(model, sequences)["original"].logp.sum().backward()
     # The gradient of the head's weight is (vocabulary, hidden) and computed from its transpose.
+    assert largest.rows <= max(3, model.config.hidden_size)
+
+
+@pytest.mark.parametrize("name", ["undial", "ceu", "pdu"])
+def test_losses_over_distributions_make_a_chunk_at_a_time(sequences, small_chunks, name):
+    model, reference = tiny_model("phi"), tiny_model("phi", seed=1)
+    loss, original = FORGET_LOSSES[name], {"original": sequences["original"]}
+    with LargestVocabularyTensor() as largest:
+        with torch.no_grad():
+            frozen = score(reference, original, loss.positions)
+        loss(score(model, original, loss.positions), frozen).sum().backward()
     assert largest.rows <= max(3, model.config.hidden_size)
 
 

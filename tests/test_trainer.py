@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from unlearn_llm.config import UnlearnConfig
 from unlearn_llm.encode import Encoder
 from unlearn_llm.errors import NonFiniteError, UserError
-from unlearn_llm.objective import RETAIN_LOSSES, Loss, Objective
+from unlearn_llm.objective import FORGET_LOSSES, RETAIN_LOSSES, Loss, Objective
 from unlearn_llm.trainer import UnlearnTrainer
 
 
@@ -354,3 +354,24 @@ def test_evaluating_without_a_function_is_an_answer(tmp_path):
         make_trainer(tmp_path).evaluate()
     with pytest.raises(UserError, match="or set eval_strategy: no"):
         make_trainer(tmp_path, eval_strategy="epoch")
+
+
+# Every loss, with what it needs.
+
+
+@pytest.mark.parametrize("name", [*FORGET_LOSSES])
+def test_every_forget_loss_takes_a_step(tmp_path, name):
+    forget = [
+        pair._replace(alternate=f"Maybe {pair.answer}") for pair in synthetic_pairs("forget10")
+    ]
+    before = weights(tiny_model())
+    parameters = {"layers": [0]} if FORGET_LOSSES[name].layers else {}
+    trainer = trained(
+        tmp_path,
+        objective=f"{name}+gd",
+        forget_parameters=parameters,
+        max_steps=1,
+        forget=forget,
+    )
+    assert math.isfinite(history(trainer, "forget/loss")[0])
+    assert not torch.equal(weights(trainer.model), before)

@@ -89,6 +89,31 @@ def finetune(
     _show_run(loaded, run, as_json)
 
 
+@app.command("generate-alternates")
+def generate_alternates(
+    recipe: RecipeName,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new .jsonl file.")],
+    overrides: Overrides = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Alternates of every forget row.")] = 5,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of the samples.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where a sample is cut.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+) -> None:
+    """Let a recipe's model make up other answers to its forget questions, for altpo."""
+    loaded = _load(recipe, overrides)
+    from unlearn_llm.pipeline import run_alternates
+
+    count = run_alternates(
+        loaded,
+        file,
+        repeats=repeats,
+        seed=seed,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+    )
+    print(f"wrote {count} rows to {file}")
+
+
 @app.command("eval")
 def evaluate(
     models: Annotated[

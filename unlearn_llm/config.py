@@ -45,7 +45,8 @@ class UnlearnConfig(TrainingArguments):
     """Joint steps: does a forget row meet a new retain row in every pass (random), or always the
     same one (fixed, as in the authors' joint baseline)?"""
     refusal_seed: int = 0
-    """Which refusal a forget row learns: fixed by (refusal_seed, row), whatever `seed` is."""
+    """Which refusal or random answer a row learns: fixed by (refusal_seed, row), whatever `seed`
+    is."""
     optimizer: str | None = None
     """dual_adamw, dual_adamw_plus or package.module:Class; null: the Trainer's own `optim`."""
     optimizer_parameters: dict[str, Any] = field(default_factory=dict)

@@ -13,10 +13,14 @@ from unlearn_llm.errors import UserError
 from unlearn_llm.resources import EVAL
 from unlearn_llm.rows import QA
 from unlearn_llm.schedule import Draw
-from unlearn_llm.types import IGNORE_INDEX, Answer, Batch, Role, Sequences
+from unlearn_llm.types import IGNORE_INDEX, ROLES, Answer, Batch, Role, Sequences
 
 ORIGINAL: Answer = "original"
 IDK: Answer = "idk"
+RANDOM: Answer = "random"
+ALTERNATE: Answer = "alternate"
+ABSENT: dict[Answer, str] = {ALTERNATE: " Every row needs another answer in a column `alternate`."}
+"""What to do about an answer that the data does not give."""
 
 
 def read_refusals(path: str | Path | None = None) -> list[str]:
@@ -43,6 +47,20 @@ def refusal_of(row: int | str, refusals: Sequence[str], seed: int) -> str:
     return random.Random(f"{seed}/refusal/{row}").choice(refusals)
 
 
+def random_answer_of(row: int | str, own: str, answers: Sequence[str], seed: int) -> str:
+    """Choose an answer that is not the row's own: fixed by (seed, row), as `refusal_of` is.
+
+    Raises:
+        UserError: all answers are the row's own.
+    """
+    start = random.Random(f"{seed}/random/{row}").randrange(len(answers))
+    for step in range(len(answers)):
+        answer = answers[(start + step) % len(answers)]
+        if answer != own:
+            return answer
+    raise UserError(f"Row {row} has the only answer that a random one could be drawn from.")
+
+
 class EncodedRows(Dataset):
     """The rows of one role, each with the answers that its loss asks for."""
 
@@ -53,6 +71,7 @@ class EncodedRows(Dataset):
         answers: Sequence[Answer] = (ORIGINAL,),
         *,
         refusals: Sequence[str] = (),
+        answers_elsewhere: Sequence[str] = (),
         seed: int = 0,
         alternates: Mapping[Answer, Sequence[str]] | None = None,
     ) -> None:
@@ -60,8 +79,10 @@ class EncodedRows(Dataset):
 
         Args:
             pairs: Questions with their original answers.
-            answers: Names of the answers to encode: "original", "idk", or a key of `alternates`.
+            answers: Names of the answers to encode: "original", "idk", "random", "alternate" (if
+                every pair has one), or a key of `alternates`.
             refusals: What "idk" is chosen from.
+            answers_elsewhere: What "random" is chosen from.
             alternates: Other answers, one per row each.
 
         Raises:
@@ -73,12 +94,21 @@ class EncodedRows(Dataset):
         }
         if IDK in answers and refusals:
             texts[IDK] = [refusal_of(row, refusals, seed) for row in range(len(pairs))]
+        if RANDOM in answers and answers_elsewhere:
+            texts[RANDOM] = [
+                random_answer_of(row, pair.answer, answers_elsewhere, seed)
+                for row, pair in enumerate(pairs)
+            ]
+        alternate = [pair.alternate for pair in pairs if pair.alternate is not None]
+        if len(alternate) == len(pairs):
+            texts.setdefault(ALTERNATE, alternate)
         questions = [pair.question for pair in pairs]
         self.encoded: dict[Answer, list[Encoded]] = {}
         for answer in answers:
             if answer not in texts:
                 raise UserError(
                     f"The loss asks for the answer {answer!r}; the data gives {', '.join(texts)}."
+                    f"{ABSENT.get(answer, '')}"
                 )
             self.encoded[answer] = encoder.pairs(questions, texts[answer])
         self.lengths = [
@@ -97,6 +127,31 @@ class RoleDataset(Dataset):
 
     def __init__(self, forget: EncodedRows, retain: EncodedRows) -> None:
         self.rows: dict[Role, EncodedRows] = {"forget": forget, "retain": retain}
+
+    @classmethod
+    def encode(
+        cls,
+        pairs: Mapping[Role, Sequence[QA]],
+        encoder: Encoder,
+        answers: Mapping[Role, Sequence[Answer]],
+        *,
+        refusals: Sequence[str],
+        seed: int,
+    ) -> "RoleDataset":
+        """Encode the rows of both roles; random answers are those of retain rows."""
+        kept = [pair.answer for pair in pairs["retain"]]
+        forget, retain = (
+            EncodedRows(
+                pairs[role],
+                encoder,
+                answers[role],
+                refusals=refusals,
+                answers_elsewhere=kept,
+                seed=seed,
+            )
+            for role in ROLES
+        )
+        return cls(forget, retain)
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self.rows.values())

@@ -63,7 +63,7 @@ def run_demo(output: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     pairs = {name: _pairs(name) for name in ("full", "forget10", "retain90")}
     # A model that people use knows how to refuse; this one at least has the words.
-    texts = [text for pair in pairs["full"] for text in pair] + read_refusals()
+    texts = [text for pair in pairs["full"] for text in pair[:2]] + read_refusals()
     tokenizer = new_tokenizer(texts, NEW.vocabulary)
     encoder = Encoder(tokenizer, "plain", max_length=NEW.context)
 

@@ -13,8 +13,8 @@ from unlearn_llm.types import IGNORE_INDEX, Answer, Scored, Sequences
 
 LossFn = Callable[..., Tensor]
 Per = Literal["token", "sequence"]
-Positions = Literal["answer", "attended"]
-Needs = Literal["logp", "distribution"]
+Positions = Literal["answer", "answer_after_first", "attended"]
+Needs = Literal["logp", "distribution", "hidden"]
 Kind = Literal["targeted", "untargeted"]
 
 
@@ -26,14 +26,16 @@ class Loss:
     number per sequence. The trainer divides the sum over the window by what `per` names.
 
     Attributes:
-        answers: The answers it reads ("original", "idk").
+        answers: The answers it reads: "original", "idk" (a refusal), "random" (of another row),
+            "alternate" (a column of the data).
         per: "token": the sum over sequences is divided by the number of scored tokens in the
             window; "sequence": by the number of sequences. Mixing the two changes the weight of a
             loss by the length of an answer.
-        positions: "answer" scores the answer's tokens, "attended" every real token.
+        positions: "answer" scores the answer's tokens, "answer_after_first" all but the first of
+            them, "attended" every real token.
         reference: What it reads of the reference model, None if nothing.
-        kind: For forget losses, "targeted" if the model is taught what to say instead (OVR then
-            contains TFE), "untargeted" if not.
+        kind: For forget losses, "targeted" if the model is taught to refuse (OVR then contains
+            TFE), "untargeted" if not.
         parameters: Keyword arguments bound by the recipe, such as beta.
     """
 
@@ -53,6 +55,15 @@ class Loss:
         scored = (policy,) if self.reference is None else (policy, reference)
         return self.function(*scored, **self.parameters)
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The decoder layers whose hidden states it reads: its argument `layers`, if it has one."""
+        argument = inspect.signature(self.function).parameters.get("layers")
+        layers = () if argument is None else self.parameters.get("layers", argument.default)
+        if not isinstance(layers, list | tuple):
+            raise UserError(f"{self.name}: layers: expected a list such as [7], got {layers!r}.")
+        return tuple(layers)
+
     def count(self, sequences: Mapping[Answer, Sequences]) -> int:
         """Count what the loss is averaged by: scored tokens of its answers, or sequences."""
         if self.per == "sequence":
@@ -60,10 +71,7 @@ class Loss:
         counted = 0
         for answer in self.answers:
             batch = sequences[answer]
-            if self.positions == "answer":
-                counted += int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-            else:
-                counted += int(batch["attention_mask"][:, 1:].sum())
+            counted += int(scored_positions(batch, self.positions).sum())
         return counted
 
     def bind(self, parameters: Mapping[str, Any]) -> "Loss":
@@ -84,6 +92,14 @@ class Loss:
                     f"It has {', '.join(known) or 'none'}."
                 )
         return replace(self, parameters={**self.parameters, **parameters})
+
+
+def scored_positions(sequences: Sequences, positions: Positions) -> Tensor:
+    """Say where the next token counts, (B, T-1) bool."""
+    if positions == "attended":
+        return sequences["attention_mask"][:, 1:].bool()
+    answer = sequences["labels"][:, 1:] != IGNORE_INDEX
+    return answer if positions == "answer" else answer & (answer.cumsum(-1) > 1)
 
 
 FORGET_LOSSES: Registry[Loss] = Registry("forget loss")

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from unlearn_llm.alternates import alternate_answers, write_pairs
 from unlearn_llm.dataset import read_refusals
 from unlearn_llm.encode import Encoder, check_context
 from unlearn_llm.errors import UserError
@@ -141,6 +142,31 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
     )
     trainer.train(resume_from_checkpoint=resume or None)
     return _finish(trainer, recipe, kept, suite, encoder)
+
+
+def run_alternates(
+    recipe: Recipe, file: Path, *, repeats: int = 5, seed: int = 0, **sampling: Any
+) -> int:
+    """Let the model of a recipe make up alternates of its forget set; write them as JSON lines.
+
+    Args:
+        sampling: Other arguments of `alternate_answers`.
+
+    Returns:
+        The number of rows written: up to `repeats` of every forget row.
+    """
+    if recipe.kind != "unlearn":
+        raise UserError(f"{recipe.name} is a recipe to fine-tune: it has no forget set.")
+    if file.exists() or file.suffix != ".jsonl":
+        raise UserError(f"{file}: expected a new file that ends in .jsonl.")
+    pairs, _ = forget_and_retain(recipe.data)
+    encoder = _encoder(load_tokenizer(recipe.model), recipe.data)
+    model: nn.Module = load_model(recipe.model).to(PartialState().device)
+    found = alternate_answers(model, encoder, pairs, repeats=repeats, seed=seed, **sampling)
+    if not found:
+        raise UserError("The model made up nothing but empty answers and the original ones.")
+    write_pairs(file, found)
+    return len(found)
 
 
 def run_evaluate(
@@ -325,4 +351,4 @@ def _pairs(source: str, data: DataSettings) -> list[QA]:
 
 
 def _texts(source: str, data: DataSettings) -> list[str]:
-    return [text for pair in _pairs(source, data) for text in pair]
+    return [text for pair in _pairs(source, data) for text in pair[:2]]

@@ -22,7 +22,11 @@ class Reference(Protocol):
     """What the model said before unlearning began."""
 
     def __call__(
-        self, role: Role, sequences: Mapping[Answer, Sequences], positions: Positions
+        self,
+        role: Role,
+        sequences: Mapping[Answer, Sequences],
+        positions: Positions,
+        layers: Sequence[int] = (),
     ) -> Mapping[Answer, Scored]:
         """Score sequences of a role with the frozen model, without gradient."""
         ...
@@ -56,9 +60,13 @@ class Precomputed:
         )
 
     def __call__(
-        self, role: Role, sequences: Mapping[Answer, Sequences], positions: Positions
+        self,
+        role: Role,
+        sequences: Mapping[Answer, Sequences],
+        positions: Positions,
+        layers: Sequence[int] = (),
     ) -> dict[Answer, Scored]:
-        """Look the rows up."""
+        """Look the rows up; of hidden states nothing is kept."""
         scored = {}
         for answer, batch in sequences.items():
             mask = batch["labels"][:, 1:] != IGNORE_INDEX
@@ -83,11 +91,15 @@ class DisabledAdapter:
         self.model = model
 
     def __call__(
-        self, role: Role, sequences: Mapping[Answer, Sequences], positions: Positions
+        self,
+        role: Role,
+        sequences: Mapping[Answer, Sequences],
+        positions: Positions,
+        layers: Sequence[int] = (),
     ) -> dict[Answer, Scored]:
         """Score with the base model."""
         with frozen(self.model), self.model.disable_adapter():
-            return score(self.model, sequences, positions)
+            return score(self.model, sequences, positions, layers)
 
 
 class FrozenCopy:
@@ -97,13 +109,17 @@ class FrozenCopy:
         self.model = copy.deepcopy(model).requires_grad_(False)
 
     def __call__(
-        self, role: Role, sequences: Mapping[Answer, Sequences], positions: Positions
+        self,
+        role: Role,
+        sequences: Mapping[Answer, Sequences],
+        positions: Positions,
+        layers: Sequence[int] = (),
     ) -> dict[Answer, Scored]:
         """Score with the copy, on the device of the sequences."""
         device = next(iter(sequences.values()))["input_ids"].device
         self.model.to(device)
         with frozen(self.model):
-            return score(self.model, sequences, positions)
+            return score(self.model, sequences, positions, layers)
 
 
 def choose_reference(
@@ -127,10 +143,10 @@ def choose_reference(
     """
     if not needs:
         return None
-    if choice == "precomputed" and "distribution" in needs.values():
+    if choice == "precomputed" and set(needs.values()) != {"logp"}:
         raise UserError(
             "reference: precomputed keeps log-probabilities only, but this objective compares "
-            "whole distributions. Use reference: auto."
+            "whole distributions or hidden states. Use reference: auto."
         )
     constant = {role: rows[role] for role, need in needs.items() if need == "logp"}
     cached: Reference | None = None
@@ -158,10 +174,14 @@ class ByRole:
         self.references = references
 
     def __call__(
-        self, role: Role, sequences: Mapping[Answer, Sequences], positions: Positions
+        self,
+        role: Role,
+        sequences: Mapping[Answer, Sequences],
+        positions: Positions,
+        layers: Sequence[int] = (),
     ) -> Mapping[Answer, Scored]:
         """Ask the role's own reference."""
-        return self.references[role](role, sequences, positions)
+        return self.references[role](role, sequences, positions, layers)
 
 
 @contextmanager

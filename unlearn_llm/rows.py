@@ -17,6 +17,7 @@ from unlearn_llm.registry import did_you_mean
 
 TOFU_HUB = "locuslab/TOFU"
 COLUMN_PAIRS = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"))
+ALTERNATE_COLUMN = "alternate"
 
 
 class QA(NamedTuple):
@@ -24,6 +25,8 @@ class QA(NamedTuple):
 
     question: str
     answer: str
+    alternate: str | None = None
+    """Another answer to the question, as plausible as the original."""
 
 
 def load_rows(source: str, folder: str | None = None, seed: int = 0) -> list[dict[str, Any]]:
@@ -100,6 +103,7 @@ def to_pairs(
 
     Known layouts: question/answer, prompt/completion, instruction/output, and `messages` (the last
     user turn and the assistant's reply). Other names are given by the two column arguments.
+    A column `alternate`, where there is one, holds another answer.
 
     Raises:
         UserError: no known layout, a row without the column, a value that is not text.
@@ -107,14 +111,14 @@ def to_pairs(
     if not rows:
         raise UserError(f"{where} holds no rows.")
     if question_column is None and answer_column is None and "messages" in rows[0]:
-        return [_from_messages(row.get("messages"), where, i) for i, row in enumerate(rows)]
+        return [_from_messages(row, where, number) for number, row in enumerate(rows)]
     question_column, answer_column = _columns(rows[0], where, question_column, answer_column)
     pairs = []
     for number, row in enumerate(rows):
         values = [row.get(column) for column in (question_column, answer_column)]
         for column, value in zip((question_column, answer_column), values, strict=True):
             _check_text(value, f"{where}, row {number}: column {column!r}")
-        pairs.append(QA(str(values[0]), str(values[1])))
+        pairs.append(QA(str(values[0]), str(values[1]), _alternate(row, where, number)))
     return pairs
 
 
@@ -165,9 +169,16 @@ def _columns(
     )
 
 
-def _from_messages(messages: Any, where: str, number: int) -> QA:
+def _alternate(row: Mapping[str, Any], where: str, number: int) -> str | None:
+    value = row.get(ALTERNATE_COLUMN)
+    if value is not None:
+        _check_text(value, f"{where}, row {number}: column {ALTERNATE_COLUMN!r}")
+    return value
+
+
+def _from_messages(row: Mapping[str, Any], where: str, number: int) -> QA:
     try:
-        turns = [(message["role"], message["content"]) for message in messages]
+        turns = [(message["role"], message["content"]) for message in row["messages"]]
         reply = max(i for i, (role, _) in enumerate(turns) if role == "assistant")
         asked = max(i for i, (role, _) in enumerate(turns[:reply]) if role == "user")
     except (TypeError, KeyError, ValueError) as error:
@@ -177,7 +188,7 @@ def _from_messages(messages: Any, where: str, number: int) -> QA:
         ) from error
     for turn in (asked, reply):
         _check_text(turns[turn][1], f"{where}, row {number}: message {turn}")
-    return QA(turns[asked][1], turns[reply][1])
+    return QA(turns[asked][1], turns[reply][1], _alternate(row, where, number))
 
 
 def _check_text(value: Any, what: str) -> None:
@@ -193,7 +204,7 @@ def _check_text(value: Any, what: str) -> None:
 
 
 def _normal(pair: QA) -> tuple[str, str]:
-    question, answer = (unicodedata.normalize("NFC", text.casefold()) for text in pair)
+    question, answer = (unicodedata.normalize("NFC", text.casefold()) for text in pair[:2])
     return " ".join(question.split()), " ".join(answer.split())
 
 

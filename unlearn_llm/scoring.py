@@ -18,8 +18,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unlearn_llm.objective import Positions
-from unlearn_llm.types import IGNORE_INDEX, Answer, Distribution, Scored, Sequences
+from unlearn_llm.hidden import captured, reach_every_weight
+from unlearn_llm.objective import Positions, scored_positions
+from unlearn_llm.types import Answer, Distribution, Scored, Sequences
 from unlearn_llm.vocabulary import Logits, LogitStatistics, kl_divergence, logit_statistics
 
 CHUNK_BYTES = 64 * 2**20
@@ -143,29 +144,38 @@ def _slice(other: Distribution | Tensor, start: int, stop: int) -> Any:
 
 
 def score(
-    model: nn.Module, sequences: Mapping[Answer, Sequences], positions: Positions = "answer"
+    model: nn.Module,
+    sequences: Mapping[Answer, Sequences],
+    positions: Positions = "answer",
+    layers: Sequence[int] = (),
 ) -> dict[Answer, Scored]:
     """Score sequences with a forward pass, on a CPU one for each answer.
 
     Args:
         model: A causal language model, wrapped (DDP, peft) or not.
         sequences: By answer; each (B, T), T may differ.
-        positions: "answer": the labelled tokens; "attended": every real token.
+        positions: Which tokens are scored; see objective.Loss.
+        layers: Decoder layers whose hidden states are given too.
     """
     hidden, masks, targets = {}, {}, {}
-    with hidden_states_for_logits(model) as head:
+    inner: dict[Answer, dict[int, Tensor]] = {answer: {} for answer in sequences}
+    with hidden_states_for_logits(model) as head, captured(unwrapped(model), layers) as states:
         for answers in _forward_passes(sequences):
             joined = _join([sequences[answer] for answer in answers])
             outputs = model(**joined, use_cache=False).logits  # (B, T, H), or V without head
             n_rows = [len(sequences[answer]["input_ids"]) for answer in answers]
             for answer, rows in zip(answers, outputs.split(n_rows), strict=True):
-                mask = _scored_positions(sequences[answer], positions)
+                mask = scored_positions(sequences[answer], positions)
                 hidden[answer] = rows[:, : mask.shape[1]][mask]
                 masks[answer] = mask
                 targets[answer] = sequences[answer]["input_ids"][:, 1:]
+            for layer, state in reach_every_weight(states, model).items():
+                for answer, rows in zip(answers, state.split(n_rows), strict=True):
+                    mask = masks[answer]
+                    inner[answer][layer] = rows[:, : mask.shape[1]][mask]
     next_tokens = {answer: targets[answer][mask] for answer, mask in masks.items()}
     found = distributions(hidden, next_tokens, head)
-    return {a: Scored(masks[a], targets[a], found[a]) for a in sequences}
+    return {a: Scored(masks[a], targets[a], found[a], hidden=inner[a]) for a in sequences}
 
 
 def _forward_passes(sequences: Mapping[Answer, Sequences]) -> list[list[Answer]]:
@@ -177,13 +187,6 @@ def _forward_passes(sequences: Mapping[Answer, Sequences]) -> list[list[Answer]]
     answers = list(sequences)
     on_cpu = sequences[answers[0]]["input_ids"].device.type == "cpu"
     return [[answer] for answer in answers] if on_cpu else [answers]
-
-
-def _scored_positions(sequences: Sequences, positions: Positions) -> Tensor:
-    """(B, T-1) bool: where the next token counts."""
-    if positions == "answer":
-        return sequences["labels"][:, 1:] != IGNORE_INDEX
-    return sequences["attention_mask"][:, 1:].bool()
 
 
 def distributions(

@@ -19,10 +19,11 @@ from unlearn_llm.callbacks import ForgetLearningRate, forget_lr_scale
 from unlearn_llm.combine import Combination
 from unlearn_llm.combining import Combining
 from unlearn_llm.config import NO_EVALUATION, UnlearnConfig, check_run
-from unlearn_llm.dataset import Collator, EncodedRows, RoleDataset, read_refusals
+from unlearn_llm.dataset import Collator, RoleDataset, read_refusals
 from unlearn_llm.dual_setup import check_eight_bit, observations, set_up
 from unlearn_llm.encode import CHAT, Encoder, check_context
 from unlearn_llm.errors import NonFiniteError, UserError
+from unlearn_llm.hidden import check_layers
 from unlearn_llm.models import keep_float32_masters, select_trainable
 from unlearn_llm.objective import Loss, Needs, Objective
 from unlearn_llm.optim import set_role
@@ -31,7 +32,7 @@ from unlearn_llm.progress import RoleLog
 from unlearn_llm.reference import Reference, choose_reference
 from unlearn_llm.rows import QA, as_pairs, check_disjoint
 from unlearn_llm.schedule import Schedule, ScheduledSampler
-from unlearn_llm.scoring import score
+from unlearn_llm.scoring import score, unwrapped
 from unlearn_llm.types import ROLES, Batch, Role
 
 Rows = Sequence[QA] | Sequence[Mapping[str, Any]]
@@ -103,20 +104,17 @@ class UnlearnTrainer(Trainer):
         forget_pairs = as_pairs(forget_dataset, "the forget set")
         retain_pairs = as_pairs(retain_dataset, "the retain set")
         check_disjoint(forget_pairs, retain_pairs, allow_overlap)
-        forget, retain = (
-            EncodedRows(
-                pairs,
-                encoder,
-                self._loss(role).answers,
-                refusals=refusals,
-                seed=args.refusal_seed,
-            )
-            for role, pairs in zip(ROLES, (forget_pairs, retain_pairs), strict=True)
+        self.role_rows = RoleDataset.encode(
+            {"forget": forget_pairs, "retain": retain_pairs},
+            encoder,
+            {role: self._loss(role).answers for role in ROLES},
+            refusals=refusals,
+            seed=args.refusal_seed,
         )
+        forget, retain = self.role_rows.rows["forget"], self.role_rows.rows["retain"]
         context = model.config.to_dict().get("max_position_embeddings")
         check_context(forget.lengths, context, "the forget set")
         check_context(retain.lengths, context, "the retain set")
-        self.role_rows = RoleDataset(forget, retain)
         self._window_rows = (
             args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         )
@@ -124,6 +122,8 @@ class UnlearnTrainer(Trainer):
             passes = args.num_train_epochs * len(forget) / self._window_rows
             args.max_steps = self.schedule.steps_for(max(1, math.ceil(passes)))
         check_run(args, self.schedule, name, combination, evaluates=evaluate_model is not None)
+        for loss in (self.objective.forget, self.objective.retain):
+            check_layers(unwrapped(model), loss.layers, loss.name)
         select_trainable(model, args.trainable)
         keep_float32_masters(model, autocast=args.bf16)
         if args.gradient_checkpointing and isinstance(model, PeftModel):
@@ -249,11 +249,11 @@ class UnlearnTrainer(Trainer):
         with self.accelerator.autocast():
             for role, sequences in inputs.items():
                 loss = self._loss(role)
-                policy = score(model, sequences, loss.positions)
+                policy = score(model, sequences, loss.positions, loss.layers)
                 reference = None
                 if loss.reference is not None:
                     assert self.reference is not None  # made in train()
-                    reference = self.reference(role, sequences, loss.positions)
+                    reference = self.reference(role, sequences, loss.positions, loss.layers)
                 values = loss(policy, reference)
                 if self.args.averaging == "window":
                     denominator: Any = self._denominators[role]

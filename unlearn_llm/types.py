@@ -1,6 +1,6 @@
 """The words that every floor uses: roles, answers, sequences, scored sequences. No logic."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Literal, Protocol, TypedDict
 
@@ -67,10 +67,12 @@ class Scored:
 
     Attributes:
         mask: (B, T-1) bool, True where the next token counts: the answer's tokens, or every
-            real token where a loss asks for `positions="attended"`.
+            real token where a loss asks for `positions="attended"` (objective.Loss).
         targets: (B, T-1) int64, the next token at each position.
         distribution: The next-token distributions at the True positions of `mask`, in row-major
             order; None where only log-probabilities were kept (precomputed references).
+        hidden: By decoder layer (N, H), its output at the True positions of `mask`; only of the
+            layers that a loss asks for.
     """
 
     def __init__(
@@ -79,10 +81,12 @@ class Scored:
         targets: Tensor,
         distribution: Distribution | None = None,
         token_logps: Tensor | None = None,
+        hidden: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.mask = mask
         self.targets = targets
         self.distribution = distribution
+        self.hidden: Mapping[int, Tensor] = hidden or {}
         if token_logps is not None:
             self.token_logps = token_logps  # fills the cached property
 

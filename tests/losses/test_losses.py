@@ -1,13 +1,19 @@
-"""Every loss against the formulas of methods.md sections 1 and 2, written out in float64.
-
-The formulas below see full logits and shift, mask and reduce in their own loops; they share no
-code with the package.
-"""
+"""Every loss against its formula in formulas.py."""
 
 import math
 
 import pytest
 import torch
+from formulas import (
+    CONSTANT_WEIGHTS,
+    FORMULAS,
+    answer_positions,
+    formula_simnpo,
+    nlls,
+    random_logits,
+    scored,
+    token_nlls,
+)
 
 import unlearn_llm.losses  # noqa: F401  registers the names
 from unlearn_llm.errors import UserError
@@ -15,148 +21,25 @@ from unlearn_llm.objective import FORGET_LOSSES, RETAIN_LOSSES, Objective
 from unlearn_llm.scoring import ChunkedDistribution, Head
 from unlearn_llm.types import Scored
 
-VOCABULARY = 7
-# Per sequence: the label at every position, -100 where no loss is taken. Unequal lengths, with
-# padding at the end (attention 0) and an end token that is scored.
-LABELS = {
-    "original": [[-100, -100, 3, 1, 6, 2], [-100, 5, 2, -100, -100], [-100, -100, -100, 4, 2]],
-    "idk": [[-100, -100, 1, 2], [-100, 6, 0, 4, 2], [-100, -100, -100, 2]],
-}  # fmt: skip
-ATTENTION = {
-    "original": [[1] * 6, [1, 1, 1, 0, 0], [1] * 5],
-    "idk": [[1] * 4, [1] * 5, [1, 1, 1, 1]],
-}
-WIDTH = 6
-
-
-def padded(rows, fill):
-    return torch.tensor([[*row, *[fill] * (WIDTH - len(row))] for row in rows])
-
-
-def random_logits(seed, scale=2.0):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        answer: scale * torch.randn(3, WIDTH, VOCABULARY, generator=generator, dtype=torch.float64)
-        for answer in LABELS
-    }
-
-
-def scored(logits, positions):
-    """What the scorer hands to a loss, from full logits."""
-    result = {}
-    for answer, values in logits.items():
-        labels, attention = padded(LABELS[answer], -100), padded(ATTENTION[answer], 0)
-        mask = (labels if positions == "answer" else attention)[:, 1:]
-        mask = mask != -100 if positions == "answer" else mask.bool()
-        targets = labels[:, 1:].clamp(min=0)
-        head = Head(lambda rows: rows, VOCABULARY)
-        distribution = ChunkedDistribution(values[:, :-1][mask], targets[mask], head)
-        result[answer] = Scored(mask, targets, distribution)
-    return result
-
-
-# The formulas of methods.md.
-
-
-def nlls(logits, answer):
-    """S_i and T_i: summed negative log-likelihood and number of labels of each sequence."""
-    sums, lengths = [], []
-    for row, labels in enumerate(LABELS[answer]):
-        terms = [
-            torch.logsumexp(logits[answer][row, t], 0) - logits[answer][row, t, labels[t + 1]]
-            for t in range(len(labels) - 1)
-            if labels[t + 1] != -100
-        ]
-        sums.append(sum(terms))
-        lengths.append(len(terms))
-    return torch.stack(sums), lengths
-
-
-def log_sigmoid(x):
-    return -torch.log(1 + torch.exp(-x))
-
-
-def token_mean(logits, answer):
-    sums, lengths = nlls(logits, answer)
-    return sums.sum() / sum(lengths)
-
-
-def formula_ga(policy, reference):
-    return -token_mean(policy, "original")
-
-
-def formula_me(policy, reference):
-    terms = []
-    for row, labels in enumerate(LABELS["original"]):
-        for t in range(len(labels) - 1):
-            if labels[t + 1] != -100:
-                p = torch.exp(policy["original"][row, t])
-                p = p / p.sum()
-                uniform = 1 / VOCABULARY
-                terms.append(sum(uniform * (math.log(uniform) - torch.log(p[v])) for v in range(7)))
-    return sum(terms) / len(terms)
-
-
-def formula_idk(policy, reference):
-    return token_mean(policy, "idk")
-
-
-def formula_dpo(policy, reference, beta=0.1):
-    def ratio(logits):
-        return -nlls(logits, "idk")[0] + nlls(logits, "original")[0]
-
-    delta = ratio(policy) - ratio(reference)
-    return -(2 / beta) * log_sigmoid(beta * delta).mean()
-
-
-def formula_npo(policy, reference, beta=0.1):
-    difference = nlls(policy, "original")[0] - nlls(reference, "original")[0]
-    return -(2 / beta) * log_sigmoid(beta * difference).mean()
-
-
-def formula_simnpo(policy, reference, beta=2.5, delta=0.0):
-    sums, lengths = nlls(policy, "original")
-    return -(2 / beta) * log_sigmoid(beta * (sums / torch.tensor(lengths) - delta)).mean()
-
-
-def formula_gd(policy, reference):
-    return token_mean(policy, "original")
-
-
-def formula_kl(policy, reference):
-    """KL(reference || policy) summed over the vocabulary, mean over predictions of real tokens."""
-    terms = []
-    for row, attention in enumerate(ATTENTION["original"]):
-        for t in range(len(attention) - 1):
-            if attention[t + 1]:
-                p, q = (
-                    torch.softmax(logits["original"][row, t], 0) for logits in (policy, reference)
-                )
-                terms.append((q * (q.log() - p.log())).sum())
-    return sum(terms) / len(terms)
-
-
-def formula_ap(policy, reference, beta=0.1):
-    margin = nlls(policy, "idk")[0] - nlls(policy, "original")[0]
-    return -(1 / beta) * log_sigmoid(beta * margin).mean()
-
-
-FORMULAS = {
-    ("forget", "ga"): formula_ga,
-    ("forget", "me"): formula_me,
-    ("forget", "idk"): formula_idk,
-    ("forget", "dpo"): formula_dpo,
-    ("forget", "npo"): formula_npo,
-    ("forget", "simnpo"): formula_simnpo,
-    ("retain", "gd"): formula_gd,
-    ("retain", "kl"): formula_kl,
-    ("retain", "ap"): formula_ap,
-}
 PARAMETERS = [
     ("forget", "dpo", {"beta": 0.5}),
     ("forget", "npo", {"beta": 0.03}),
     ("forget", "simnpo", {"beta": 4.5, "delta": 1.5}),
     ("retain", "ap", {"beta": 0.7}),
+    ("forget", "wga", {"beta": 5.0}),
+    ("forget", "satimp", {"beta1": 1.0, "beta2": 3.0}),
+    ("forget", "tnpo", {"beta": 0.7}),
+    ("forget", "wtnpo", {"beta": 2.0, "alpha": 0.5}),
+    ("forget", "undial", {"beta": 1.5}),
+    ("forget", "flat", {"divergence": "kl"}),
+    ("forget", "flat", {"divergence": "pearson"}),
+    ("forget", "flat", {"divergence": "js"}),
+    ("forget", "llmu", {"ascent": 1.5}),
+    ("forget", "altpo", {"beta": 0.5}),
+    ("forget", "rmu", {"layers": [0, 3], "steering": 6.5, "seed": 4}),
+    ("forget", "rr", {"layers": [2]}),
+    ("retain", "embed_diff", {"layers": [1, 5]}),
+    ("retain", "embed_l2", {"layers": [2]}),
 ]
 CASES = [(role, name, {}) for role, name in FORMULAS] + PARAMETERS
 
@@ -167,9 +50,9 @@ def registry(role):
 
 def reduced(loss, policy_logits, reference_logits):
     """The loss of the batch as the trainer reduces it."""
-    policy = scored(policy_logits, loss.positions)
+    policy = scored(policy_logits, loss.positions, loss.layers)
     with torch.no_grad():
-        reference = scored(reference_logits, loss.positions)
+        reference = scored(reference_logits, loss.positions, loss.layers)
     values = loss(policy, reference)
     assert values.shape == (3,)
     if loss.per == "sequence":
@@ -200,7 +83,7 @@ def test_a_loss_and_its_gradient_are_those_of_the_formula(role, name, parameters
             torch.testing.assert_close(our_grad, grad, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("role", "name"), FORMULAS)
+@pytest.mark.parametrize(("role", "name"), [c for c in FORMULAS if c not in CONSTANT_WEIGHTS])
 def test_the_gradient_is_the_slope_of_the_loss(role, name):
     # Finite differences of the loss itself, along a random direction, in no one's formula.
     loss = registry(role)[name]
@@ -271,11 +154,129 @@ def test_answer_preservation_is_log_2_over_beta_where_both_answers_are_equally_l
     torch.testing.assert_close(values, torch.full((2,), 10 * math.log(2)))
 
 
-@pytest.mark.parametrize("name", ["npo", "simnpo", "dpo", "me", "idk"])
+@pytest.mark.parametrize(
+    "name", ["npo", "simnpo", "dpo", "me", "idk", "tnpo", "wtnpo", "pdu", "ceu"]
+)
 def test_bounded_forget_losses_stay_above_zero_however_unlikely_the_answer(name):
     far = {answer: 300 * logits for answer, logits in random_logits(1).items()}
     value = float(reduced(FORGET_LOSSES[name], far, random_logits(2)))
     assert 0 <= value < math.inf
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("tnpo", {}), ("wtnpo", {"alpha": 0.5})])
+def test_token_wise_npo_has_the_gradient_of_the_authors_weighted_ascent(name, parameters):
+    policy, reference = random_logits(1), random_logits(2)
+    leaf = {answer: values.clone().requires_grad_() for answer, values in policy.items()}
+    loss = FORGET_LOSSES[name].bind(parameters)
+    (ours,) = torch.autograd.grad(reduced(loss, leaf, reference), [leaf["original"]])
+    logps, reference_logps = (
+        torch.cat([-terms for terms in token_nlls(logits, "original")])
+        for logits in (leaf, reference)
+    )
+    p, q, beta, alpha = logps.exp(), reference_logps.exp(), 4.0, parameters.get("alpha", 0.0)
+    weight = 2 * p ** (beta + alpha) / (p**beta + q**beta)
+    (ascent,) = torch.autograd.grad((weight.detach() * logps).mean(), [leaf["original"]])
+    torch.testing.assert_close(ours, ascent, rtol=1e-5, atol=1e-6)
+
+
+def test_weighted_ascent_leaves_alone_what_is_forgotten():
+    # Of p = 1/2 and p = e^-20 only the first has a gradient to speak of.
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    for name in ("wga", "satimp"):
+        logps = torch.tensor([[-math.log(2), -20.0]], requires_grad=True)
+        answers = {"original": Scored(mask, torch.zeros(1, 2).long(), token_logps=logps)}
+        FORGET_LOSSES[name](answers).sum().backward()
+        assert logps.grad[0, 0] > 1e-2 and logps.grad[0, 1] < 1e-8
+
+
+def test_undial_rests_at_its_teacher():
+    # The cross-entropy's gradient, p - q, is zero where the model is the lowered reference.
+    reference = random_logits(2)
+    policy = {answer: values.clone() for answer, values in reference.items()}
+    for row, t, label in answer_positions("original"):
+        policy["original"][row, t, label] -= 10
+    policy["original"].requires_grad_()
+    reduced(FORGET_LOSSES["undial"], policy, reference).backward()
+    assert policy["original"].grad.abs().max() < 1e-7
+
+
+def test_ceu_moves_only_the_token_against_all_others():
+    # p - q: p_y at the token, -p_y p_v / (1 - p_y) elsewhere; its sum is zero.
+    policy = random_logits(1)
+    policy["original"].requires_grad_()
+    scores = scored(policy, "answer_after_first")
+    FORGET_LOSSES["ceu"](scores).sum().backward()
+    seen = set()
+    for row, t, label in answer_positions("original"):
+        p = policy["original"][row, t].detach().softmax(0)
+        expected = -p[label] * p / (1 - p[label])
+        expected[label] = p[label]
+        if row not in seen:
+            expected = torch.zeros(7)  # the first token of an answer
+        seen.add(row)
+        found = policy["original"].grad[row, t]
+        torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_ceu_has_the_gradient_of_the_authors_cross_entropy():
+    policy = random_logits(1)
+    logits = policy["original"].requires_grad_()
+    (ours,) = torch.autograd.grad(reduced(FORGET_LOSSES["ceu"], policy, policy), [logits])
+    terms, seen = [], set()
+    for row, t, label in answer_positions("original"):
+        if row in seen:
+            others = logits[row, t].detach().exp()
+            others[label] = 0
+            terms.append(-(others / others.sum() * logits[row, t].log_softmax(0)).sum())
+        seen.add(row)
+    (theirs,) = torch.autograd.grad(sum(terms) / len(terms), [logits])
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_teacher_gets_no_gradient_though_its_head_would_take_one():
+    # A reference may share the trainable head: only its hidden states come without gradient.
+    head = torch.nn.Linear(5, 7, bias=False)
+    hidden, targets = torch.randn(4, 5), torch.tensor([1, 2, 3, 4])
+    mask = torch.ones(1, 4, dtype=torch.bool)
+
+    def of(linear):
+        made = ChunkedDistribution(hidden, targets, Head(linear.forward, 7, linear))
+        return {"original": Scored(mask, targets[None], made)}
+
+    FORGET_LOSSES["undial"](of(head), of(head)).sum().backward()
+    shared, head.weight.grad = head.weight.grad, None
+    with torch.no_grad():
+        copied = torch.nn.Linear(5, 7, bias=False)
+        copied.weight.copy_(head.weight)
+    FORGET_LOSSES["undial"](of(head), of(copied.requires_grad_(False))).sum().backward()
+    torch.testing.assert_close(shared, head.weight.grad)
+
+
+def test_flat_logits_have_no_pdu_loss():
+    flat = {answer: torch.full_like(v, 3.5) for answer, v in random_logits(1).items()}
+    assert float(reduced(FORGET_LOSSES["pdu"], flat, flat)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["embed_diff", "embed_l2"])
+def test_hidden_states_that_are_the_references_have_no_loss_and_a_gradient_of_zero(name):
+    policy, reference = random_logits(1), random_logits(1)
+    policy["original"].requires_grad_()
+    loss = reduced(RETAIN_LOSSES[name], policy, reference)
+    loss.backward()
+    assert loss.item() == 0 and not policy["original"].grad.any()
+
+
+def test_rerouting_rests_at_a_right_angle_and_beyond():
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    ours = torch.tensor([[0.0, 3.0], [-1.0, 1.0]], requires_grad=True)
+    theirs = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
+    policy, reference = (
+        {"original": Scored(mask, torch.zeros(1, 2).long(), hidden={4: state})}
+        for state in (ours, theirs)
+    )
+    loss = FORGET_LOSSES["rr"].bind({"layers": [4]})(policy, reference)
+    loss.sum().backward()
+    assert loss.tolist() == [0] and not ours.grad.any()
 
 
 def test_ascent_and_descent_are_opposite():
@@ -297,6 +298,20 @@ def test_ascent_and_descent_are_opposite():
         ("dpo", "sequence", "answer", "logp", "targeted"),
         ("npo", "sequence", "answer", "logp", "untargeted"),
         ("simnpo", "sequence", "answer", None, "untargeted"),
+        ("wga", "token", "answer", None, "untargeted"),
+        ("satimp", "token", "answer", None, "untargeted"),
+        ("tnpo", "token", "answer", "logp", "untargeted"),
+        ("wtnpo", "token", "answer", "logp", "untargeted"),
+        ("undial", "token", "answer", "distribution", "untargeted"),
+        ("ceu", "token", "answer_after_first", None, "untargeted"),
+        ("pdu", "token", "answer", None, "untargeted"),
+        ("flat", "sequence", "answer", None, "targeted"),
+        ("llmu", "sequence", "answer", None, "untargeted"),
+        ("altpo", "sequence", "answer", "logp", "untargeted"),
+        ("rmu", "token", "answer", None, "untargeted"),
+        ("rr", "token", "answer", "hidden", "untargeted"),
+        ("embed_diff", "token", "answer", "hidden", None),
+        ("embed_l2", "token", "answer", "hidden", None),
         ("gd", "token", "answer", None, None),
         ("kl", "token", "attended", "distribution", None),
         ("ap", "sequence", "answer", None, None),

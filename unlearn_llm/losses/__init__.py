@@ -1,5 +1,5 @@
 """Published losses, one function each. Importing this package registers their names."""
 
-from unlearn_llm.losses import forget, retain
+from unlearn_llm.losses import answers, distributions, forget, hidden, retain, weighted
 
-__all__ = ["forget", "retain"]
+__all__ = ["answers", "distributions", "forget", "hidden", "retain", "weighted"]

@@ -59,9 +59,7 @@ def dpo(policy: Scores, reference: Scores, *, beta: float = 0.1) -> Tensor:
     Source: Rafailov et al. 2023; Zhang et al. 2024 (NPO); closer-look losses.py.
     Differs: TOFU's own code has no factor 2/beta.
     """
-    chosen = policy["idk"].logp - reference["idk"].logp
-    rejected = policy["original"].logp - reference["original"].logp
-    return -2 / beta * F.logsigmoid(beta * (chosen - rejected))
+    return _preference(policy, reference, "idk", beta)
 
 
 @forget_loss("npo", kind="untargeted", per="sequence", reference="logp")
@@ -85,3 +83,21 @@ def simnpo(policy: Scores, *, beta: float = 2.5, delta: float = 0.0) -> Tensor:
     scored = policy["original"]
     loss_per_token = -scored.logp / scored.length
     return -2 / beta * F.logsigmoid(beta * (loss_per_token - delta))
+
+
+@forget_loss(
+    "altpo", kind="untargeted", per="sequence", answers=("alternate", "original"), reference="logp"
+)
+def altpo(policy: Scores, reference: Scores, *, beta: float = 0.1) -> Tensor:
+    """Prefer an alternate answer to the original: `dpo` with the row's alternate as chosen.
+
+    Source: Mekala et al. 2024 (AltPO), arXiv:2409.13474.
+    Differs: no difference; several alternates of one question are several rows.
+    """
+    return _preference(policy, reference, "alternate", beta)
+
+
+def _preference(policy: Scores, reference: Scores, answer: Answer, beta: float) -> Tensor:
+    chosen = policy[answer].logp - reference[answer].logp
+    rejected = policy["original"].logp - reference["original"].logp
+    return -2 / beta * F.logsigmoid(beta * (chosen - rejected))

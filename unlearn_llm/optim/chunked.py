@@ -244,7 +244,7 @@ def _compiled_step(rule: Rule, shape: tuple[bool, ...]) -> Callable[..., Observe
     compilable.__code__ = compilable.__code__.replace()
     coded = shape[4] or shape[8]
     # A product and a sum in one instruction, as every other compiler does it.
-    fused = {"cpp.enable_floating_point_contract_flag": "fast"}
+    fused: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
     return torch.compile(compilable, dynamic=not coded, fullgraph=True, options=fused)
 
 

@@ -294,7 +294,7 @@ def tofu_labels(tokenizer, tags, question, answer, max_length=500):
 @pytest.mark.parametrize(("template", "make"), [("llama2", sentencepiece_like), ("phi", gpt2_like)])
 def test_labels_of_tofu_are_those_of_tofus_own_code(shared, template, make):
     rows = load_rows("tofu/forget10", folder=str(shared / "data/tofu/official"))
-    questions, answers = zip(*to_pairs(rows, "forget10"), strict=True)
+    questions, answers, _ = zip(*to_pairs(rows, "forget10"), strict=True)
     tokenizer = make([*questions, *answers, "Question: Answer: \n [INST] [/INST]"])
     encoded = Encoder(tokenizer, template, max_length=500).pairs(questions, answers)
     assert len(encoded) == 400

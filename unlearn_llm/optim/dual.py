@@ -322,7 +322,11 @@ class DualAdamW(Optimizer):
                 )
         if group["state_bits"] == 32 or not group["refuse_nonfinite"]:
             return
-        grads = [(index, local(grad)) for index, grad in grads if local(grad).numel()]
+        grads = [
+            (index, local(grad))
+            for index, grad in grads
+            if local(grad).numel() and grad.dtype is not torch.float64  # has float64 moments
+        ]
         if not grads:
             return
         # Of the squares, too, for those are stored.

@@ -243,9 +243,11 @@ def _compiled_step(rule: Rule, shape: tuple[bool, ...]) -> Callable[..., Observe
     # A copy, because torch counts recompilations by code object and gives up at the eighth.
     compilable.__code__ = compilable.__code__.replace()
     coded = shape[4] or shape[8]
-    # A product and a sum in one instruction, as every other compiler does it.
+    # For codes a product and a sum may be one instruction, as in every other compiler; floats are
+    # rounded as in eager mode.
     fused: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
-    return torch.compile(compilable, dynamic=not coded, fullgraph=True, options=fused)
+    options = fused if coded else None
+    return torch.compile(compilable, dynamic=not coded, fullgraph=True, options=options)
 
 
 def _flattened(piece: _Piece) -> tuple[list[Tensor], tuple[bool, ...]]:

@@ -18,11 +18,10 @@ slow: $(VENV)/ready
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow
 
 # Ratios, with the machine to itself. TOFU=FOLDER adds the training step on real lengths.
-bench: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet -c constraints.txt --group bench
-	$(BIN)/python benchmarks/optimizer.py
-	$(BIN)/python benchmarks/losses.py
-	$(if $(TOFU),$(BIN)/python benchmarks/step.py --tofu $(TOFU))
+bench: $(VENV)-bench/ready
+	$(VENV)-bench/bin/python benchmarks/optimizer.py
+	$(VENV)-bench/bin/python benchmarks/losses.py
+	$(if $(TOFU),$(VENV)-bench/bin/python benchmarks/step.py --tofu $(TOFU))
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -36,5 +35,13 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[judges]" --group dev
 	touch $@
 
+# Apart from the other one, because torchao prints warnings at every later import of transformers.
+$(VENV)-bench/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)-bench/bin/python -m pip install --quiet -c constraints.txt torch
+	$(VENV)-bench/bin/python -m pip install --quiet -c constraints.txt -e . --group bench
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-bench build dist .pytest_cache .mypy_cache .ruff_cache

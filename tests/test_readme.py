@@ -58,7 +58,7 @@ def test_a_loss_from_a_users_own_file_is_found_by_its_name(folder):
     script = Path(sys.executable).with_name("unlearn")  # which does not look into this folder
     command = [str(script), "show", "synthetic/unlearn", override]
     shown = subprocess.run(command, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
+    assert (shown.returncode, shown.stderr) == (0, "")
     assert "objective: my_losses:my_ga+gd" in shown.stdout
 
 

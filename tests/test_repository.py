@@ -31,12 +31,13 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "vocabulary", "synthetic", "synthetic_words", "yaml_text",
         "evaluation", "evaluation/requests", "evaluation/metrics", "evaluation/text_metrics",
         "evaluation/texts", "evaluation/aggregates", "evaluation/columns", "evaluation/scores",
-        "evaluation/options", "evaluation/records",
+        "evaluation/journal", "evaluation/options", "evaluation/records",
     ),
     2: (
         "dual_setup", "encode", "rows", "dataset", "models", "hidden", "scoring", "reference",
         "progress",
-        "evaluation/cache", "evaluation/judges", "evaluation/provenance", "evaluation/runner",
+        "evaluation/batching", "evaluation/cache", "evaluation/generator", "evaluation/judges",
+        "evaluation/provenance", "evaluation/runner", "evaluation/scorer", "evaluation/trees",
     ),
     3: (
         "config", "callbacks", "combining", "trainer", "finetune", "alternates",

@@ -14,8 +14,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from unlearn_llm.dataset import Collator
 from unlearn_llm.encode import Encoder
 from unlearn_llm.errors import UserError
+from unlearn_llm.evaluation.batching import Item, batches, evaluating, halving
+from unlearn_llm.evaluation.generator import stop_ids
 from unlearn_llm.evaluation.records import write_whole
-from unlearn_llm.evaluation.runner import Item, batches, evaluating, halving, stop_ids
 from unlearn_llm.rows import ALTERNATE_COLUMN, QA
 from unlearn_llm.scoring import unwrapped
 

@@ -31,6 +31,12 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (buffer[..., :total, :] for buffer in self._buffers)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows of the batch only."""
+        self._buffers = [buffer[indices] for buffer in self._buffers]
+        seen = self.get_seq_length()
+        self.keys, self.values = (buffer[..., :seen, :] for buffer in self._buffers)
+
 
 def _larger(buffer: torch.Tensor, seen: int, total: int) -> torch.Tensor:
     room = total + max(STEP, total // 4)

@@ -13,6 +13,7 @@ from unlearn_llm.encode import Encoder, row_list
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.aggregates import AGGREGATES, Score
 from unlearn_llm.evaluation.columns import Columns
+from unlearn_llm.evaluation.journal import Journal, read_journal, remove_journal
 from unlearn_llm.evaluation.judges import DEFAULT_SOURCES, Judges, NotLoaded
 from unlearn_llm.evaluation.metrics import METRICS
 from unlearn_llm.evaluation.options import known, metrics_of
@@ -69,6 +70,9 @@ def evaluate(
 ) -> Evaluation:
     """Run a suite on a model and write records.jsonl and scores.json.
 
+    Until they are written the folder keeps the answers as they come; an interrupted evaluation of
+    the same model with the same questions and settings goes on from there.
+
     With several processes all of them must call this; the requests are shared out, the first one
     measures and writes, and all get the evaluation.
 
@@ -98,8 +102,10 @@ def evaluate(
         progress=progress,
     )
     requests = [request for rows in asked.values() for row in rows for request in row.values()]
+    subject = on_first_process(lambda: describe_model(model, encoder))
     try:
-        answers = runner.run(requests)
+        journal = _journal(output_dir, {**subject, **runner.origin(requests), **versions()})
+        answers = runner.run(requests, journal)
     except UserError:
         _name_faults(encoder, probes, asked)
         raise
@@ -127,7 +133,7 @@ def evaluate(
             },
             "requests": _count(answers),
             "reference": str(reference_path) if reference_path else None,
-            "model": describe_model(model, encoder),
+            "model": subject,
             "suite": as_plain(suite),
             "versions": versions(),
             "seconds": {
@@ -138,6 +144,7 @@ def evaluate(
         if output_dir is not None:
             write_json_lines(Path(output_dir) / RECORDS, records)
             write_json(Path(output_dir) / SCORES, details)
+            remove_journal(Path(output_dir))
         return Evaluation(scores, details, records)
 
     return on_first_process(measure)
@@ -185,20 +192,23 @@ def score_all(
 
 def on_first_process(function: Callable[[], T]) -> T:
     """Call a function on the first process only; all processes get its result, or its error."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not _distributed():
         return function()
     outcome: list[Any] = [None, None]
-    if distributed.get_rank() == 0:
+    if torch.distributed.get_rank() == 0:
         try:
             outcome[0] = function()
         except Exception as error:  # the others wait for an outcome, whatever it is
             outcome[1] = error
-    distributed.broadcast_object_list(outcome, src=0)
+    torch.distributed.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
     result: T = outcome[0]
     return result
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class _Judged:
@@ -248,6 +258,17 @@ class _Once:
         if fresh:
             self._verdicts.update(zip(fresh, self._judge(fresh), strict=True))
         return [self._verdicts[pair] for pair in pairs]
+
+
+def _journal(output_dir: str | Path | None, origin: Mapping[str, Any]) -> Journal | None:
+    """Open the journal of a folder; where its name changes nothing, a model is the same model."""
+    if output_dir is None:
+        return None
+    folder = Path(output_dir)
+    nameless = {key: value for key, value in origin.items() if key != "name"}
+    answers = on_first_process(lambda: read_journal(folder, nameless))
+    process = torch.distributed.get_rank() if _distributed() else 0
+    return Journal(folder, nameless, answers, process)
 
 
 def _asks(suite: Suite, probe: str, sample: Sample) -> dict[str, Request]:

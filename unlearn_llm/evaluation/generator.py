@@ -15,6 +15,8 @@ from unlearn_llm.evaluation.cache import roomy_cache
 from unlearn_llm.evaluation.requests import Generate, Generation, Request
 from unlearn_llm.scoring import PLAIN_HEADS, unwrapped
 
+STEPPED = PLAIN_HEADS | {"gemma", "gemma2", "gemma3_text", "cohere"}
+"""Models that need nothing at a step but tokens, mask, positions and the cache."""
 LEAVE = 8
 """Rows leave when one in so many has ended: leaving copies the keys and values of the others."""
 
@@ -175,9 +177,9 @@ class Generator:
 
 
 def steps_plainly(model: nn.Module) -> bool:
-    """Can we make the steps of a model ourselves: tokens, mask, positions and a plain cache?"""
+    """Can we make the steps of a model ourselves? A soft prompt would be left out."""
     prompted = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    return unwrapped(model).config.model_type in PLAIN_HEADS and not prompted
+    return unwrapped(model).config.model_type in STEPPED and not prompted
 
 
 def stop_ids(model: nn.Module, encoder: Encoder) -> set[int]:

@@ -32,6 +32,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "evaluation", "evaluation/requests", "evaluation/metrics", "evaluation/text_metrics",
         "evaluation/texts", "evaluation/aggregates", "evaluation/columns", "evaluation/scores",
         "evaluation/journal", "evaluation/options", "evaluation/records",
+        "evaluation/statistics",
     ),
     2: (
         "dual_setup", "encode", "rows", "dataset", "models", "hidden", "scoring", "reference",

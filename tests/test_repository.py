@@ -30,23 +30,26 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "combine/vectors", "combine/weights",
         "vocabulary", "synthetic", "synthetic_words", "yaml_text",
         "evaluation", "evaluation/requests", "evaluation/metrics", "evaluation/text_metrics",
+        "evaluation/attacks", "evaluation/likelihoods", "evaluation/membership", "evaluation/roc",
         "evaluation/texts", "evaluation/aggregates", "evaluation/columns", "evaluation/scores",
-        "evaluation/journal", "evaluation/options", "evaluation/records",
+        "evaluation/journal", "evaluation/options", "evaluation/records", "evaluation/resampling",
         "evaluation/statistics",
     ),
     2: (
         "dual_setup", "encode", "rows", "dataset", "models", "hidden", "scoring", "reference",
         "progress",
-        "evaluation/batching", "evaluation/cache", "evaluation/generator", "evaluation/judges",
-        "evaluation/provenance", "evaluation/runner", "evaluation/scorer", "evaluation/trees",
+        "evaluation/batching", "evaluation/cache", "evaluation/generator", "evaluation/gradients",
+        "evaluation/judges", "evaluation/provenance", "evaluation/readings", "evaluation/runner",
+        "evaluation/scorer", "evaluation/trees",
     ),
     3: (
         "config", "callbacks", "combining", "trainer", "finetune", "alternates",
         "evaluation/strict", "evaluation/suite", "evaluation/samples", "evaluation/evaluate",
+        "evaluation/suite_scores", "evaluation/intervals", "evaluation/comparison",
     ),
     4: (
         "recipe", "recipe_check", "recipe_files", "published", "pipeline", "evaluating",
-        "cli", "demo", "__init__", "__main__", "evaluation/report",
+        "comparing", "cli", "demo", "__init__", "__main__", "evaluation/report",
     ),
 }  # fmt: skip
 LIBRARIES: dict[int, tuple[str, ...]] = {  # what a floor may use beyond the floors below it

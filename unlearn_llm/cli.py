@@ -39,6 +39,7 @@ Overrides = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run's results.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+AllScores = Annotated[bool, typer.Option("--all", help="Show the members of the composites too.")]
 
 
 def main() -> None:
@@ -142,8 +143,9 @@ def evaluate(
         Path, typer.Option(help="Folder for records.jsonl and scores.json, one folder per model.")
     ] = Path("outputs/evaluation"),
     overwrite: Overwrite = False,
-    all_scores: Annotated[
-        bool, typer.Option("--all", help="Show the members of the composites too.")
+    all_scores: AllScores = False,
+    intervals: Annotated[
+        bool, typer.Option("--intervals", help="Show the confidence intervals.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -161,7 +163,41 @@ def evaluate(
             found = recompute_records(records, suite, overrides, reference)
         else:
             found = evaluate_models(names, suite, overrides, reference, output, overwrite)
-    _show_scores(found, as_json, all_scores)
+    _show_scores(found, as_json, all_scores, intervals)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A folder that `eval` wrote.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same rows.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the suite: intervals.by=row"),
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="records.jsonl of a model that never saw the forget set.")
+    ] = None,
+    all_scores: AllScores = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say of each score whether two models differ by more than chance."""
+    from unlearn_llm.comparing import compare_runs
+
+    with _stdout_for_json(as_json):
+        found, notes = compare_runs(first, second, overrides or [], reference)
+    if as_json:
+        print(json.dumps({name: asdict(each) for name, each in found.items()}, allow_nan=False))
+        return
+    from rich.console import Console
+
+    from unlearn_llm.evaluation.report import comparison
+
+    chosen = {name: each for name, each in found.items() if all_scores or "/" not in name}
+    Console().print(comparison(chosen, [first.name, second.name]))
+    notes += [f"{name} not compared: {each.note}" for name, each in chosen.items() if each.note]
+    tested = sum(each.p_value is not None for each in chosen.values())
+    notes.append(f"{tested} tests: of 20 equal scores one is below p = 0.05 by chance.")
+    print(*notes, sep="\n")
 
 
 @app.command()
@@ -275,7 +311,9 @@ def _show_run(recipe: "Recipe", run: "Run", as_json: bool) -> None:
     print(f"wrote {run.folder}")
 
 
-def _show_scores(found: dict[str, Any], as_json: bool, all_scores: bool = False) -> None:
+def _show_scores(
+    found: dict[str, Any], as_json: bool, all_scores: bool = False, intervals: bool = False
+) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -284,7 +322,7 @@ def _show_scores(found: dict[str, Any], as_json: bool, all_scores: bool = False)
 
     if not _is_first_process():
         return
-    rows = side_by_side(found)
+    rows = side_by_side(found, intervals=intervals)
     if as_json:
         print(json.dumps(rows, allow_nan=False))
         return

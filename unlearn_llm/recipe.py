@@ -232,7 +232,7 @@ class Recipe:
             found["seed"] = self.setting("refusal_seed")
         source, _, split = (self.data.forget or "").partition("/")
         if source in ("tofu", "synthetic"):
-            found["split"] = split
+            found |= {"authors": source, "split": split}
         return found
 
     def to_yaml(self, file: str | None = None) -> str:

@@ -6,13 +6,14 @@ probe and metric names it shall read. Aggregates that compare with another model
 these as `reference`, in the layout of `columns`, and match rows by the column "id" of each
 probe (`columns[probe]["id"]`, strings). A composite made with another metric than the published
 one says so in its note, so that a proxy is seen. Sets are averaged first and then combined,
-never pooled.
+never pooled. Those of membership attacks are in attacks.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from unlearn_llm.errors import UserError
+from unlearn_llm.evaluation import attacks as attacks  # registers its aggregates
 from unlearn_llm.evaluation import scores
 from unlearn_llm.evaluation.columns import (
     AGGREGATES as AGGREGATES,
@@ -20,7 +21,7 @@ from unlearn_llm.evaluation.columns import (
 from unlearn_llm.evaluation.columns import (
     Columns as Columns,
 )
-from unlearn_llm.evaluation.columns import aggregate, by_id, column, of_column
+from unlearn_llm.evaluation.columns import aggregate, by_id, of_column
 from unlearn_llm.evaluation.scores import Score as Score
 
 # The metrics that the published composites are made of; any other one stands in the note.
@@ -304,52 +305,6 @@ def ks_statistic(
     Source: `scores.ks_statistic`. Differs: as there.
     """
     return _against_reference(columns, reference, probe, metric, scores.ks_statistic)
-
-
-@aggregate("mia_auc")
-def mia_auc(
-    columns: Columns, *, metric: str, forget: str = "forget", holdout: str = "holdout"
-) -> Score:
-    """AUC of a membership score between two probes: 1 is "the forget set is memorised".
-
-    Source: `scores.mia_auc`. Differs: no difference.
-    """
-    inside, outside = column(columns, forget, metric), column(columns, holdout, metric)
-    if isinstance(inside, Score):
-        return inside
-    return outside if isinstance(outside, Score) else scores.mia_auc(inside, outside)
-
-
-@aggregate("privleak")
-def privleak(
-    columns: Columns,
-    *,
-    metric: str = "mia_min_k",
-    forget: str = "forget",
-    holdout: str = "holdout",
-    reference: Columns | None = None,
-    reference_auc: float | None = None,
-) -> Score:
-    """Leakage in percent of what a model that never saw the forget set leaks; 0 is ideal.
-
-    Needs either that model's records as `reference`, or its AUC in the direction of `mia_auc`
-    as `reference_auc` (0.5: the reference knows nothing).
-
-    Source: `scores.privleak`. Differs: no silent default; the note says which AUC was used.
-    """
-    if (reference is None) == (reference_auc is None):
-        return Score.missing("give either reference records or reference_auc")
-    found = {"mia_auc": mia_auc(columns, metric=metric, forget=forget, holdout=holdout)}
-    found["reference mia_auc"] = (
-        Score(reference_auc)
-        if reference is None
-        else mia_auc(reference, metric=metric, forget=forget, holdout=holdout)
-    )
-    score = scores.combine(found, lambda aucs: scores.privleak(*aucs))
-    if score.value is None:
-        return score
-    used = f"reference AUC {found['reference mia_auc'].value:.6g}"
-    return Score(score.value, found["mia_auc"].n, "; ".join(filter(None, (used, score.note))))
 
 
 def _utility_members(

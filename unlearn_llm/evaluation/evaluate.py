@@ -1,6 +1,7 @@
 """Runs a suite on a model: ask everything once, measure, score, write."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,15 +12,15 @@ from torch import nn
 
 from unlearn_llm.encode import Encoder, row_list
 from unlearn_llm.errors import UserError
-from unlearn_llm.evaluation.aggregates import AGGREGATES, Score
-from unlearn_llm.evaluation.columns import Columns
+from unlearn_llm.evaluation.aggregates import Score
+from unlearn_llm.evaluation.intervals import with_intervals
 from unlearn_llm.evaluation.journal import Journal, read_journal, remove_journal
-from unlearn_llm.evaluation.judges import DEFAULT_SOURCES, Judges, NotLoaded
+from unlearn_llm.evaluation.judges import Judges, NotLoaded
 from unlearn_llm.evaluation.metrics import METRICS
-from unlearn_llm.evaluation.options import known, metrics_of
 from unlearn_llm.evaluation.provenance import describe_model, versions
 from unlearn_llm.evaluation.records import (
     RECORDS,
+    ROC,
     SCORES,
     Record,
     columns_of,
@@ -28,11 +29,29 @@ from unlearn_llm.evaluation.records import (
     write_json,
     write_json_lines,
 )
-from unlearn_llm.evaluation.requests import Judge, LogProb, Metric, Request, Result, Row, Sample
+from unlearn_llm.evaluation.requests import (
+    Generate,
+    GradientNorm,
+    Judge,
+    LogProb,
+    Metric,
+    Request,
+    Result,
+    Row,
+    Sample,
+    TokenMoments,
+)
 from unlearn_llm.evaluation.runner import Runner
 from unlearn_llm.evaluation.samples import Samples, samples_of
 from unlearn_llm.evaluation.suite import Suite, as_plain
+from unlearn_llm.evaluation.suite_scores import curves_of, score_all
 
+REQUEST_KINDS = {
+    LogProb: "scored",
+    Generate: "generated",
+    TokenMoments: "moments",
+    GradientNorm: "gradients",
+}
 T = TypeVar("T")
 Column = list[float | None]
 
@@ -123,9 +142,12 @@ def evaluate(
         columns = _measure(suite, rows, judged)
         judged.release()
         records = _records(rows, columns)
-        scores = score_all(suite, columns_of(records), reference, judged.reasons)
+        found = columns_of(records)
+        scores = score_all(suite, found, reference, judged.reasons)
+        scores, intervals = with_intervals(suite, scores, found, reference)
         details = {
             **_scores_json(suite, scores),
+            "intervals": intervals,
             "not_measured": judged.reasons,
             "judges": judged.names,
             "probes": {
@@ -143,6 +165,8 @@ def evaluate(
         }
         if output_dir is not None:
             write_json_lines(Path(output_dir) / RECORDS, records)
+            if curves := curves_of(suite, found, reference):
+                write_json(Path(output_dir) / ROC, curves)
             write_json(Path(output_dir) / SCORES, details)
             remove_journal(Path(output_dir))
         return Evaluation(scores, details, records)
@@ -166,28 +190,9 @@ def recompute(
     reference_path = reference_records or suite.reference
     reference = columns_of(read_records(reference_path)) if reference_path else None
     columns = columns_of(read_records(records_path))
-    return score_all(suite.with_proxies(), columns, reference, not_measured or {})
-
-
-def score_all(
-    suite: Suite,
-    columns: Columns,
-    reference: Columns | None = None,
-    not_measured: Mapping[str, str] | None = None,
-) -> dict[str, Score]:
-    """Make every score of a suite from columns of metric values."""
-    scores = {}
-    for name, of_suite in suite.scores.items():
-        options = suite.options_of(of_suite)
-        used = metrics_of(of_suite.aggregate, options)
-        if "reference" in known(of_suite.aggregate):
-            options["reference"] = reference
-        score = AGGREGATES[of_suite.aggregate](columns, **options)
-        reasons = {reason for metric, reason in (not_measured or {}).items() if metric in used}
-        if score.value is None and reasons:
-            score = Score.missing("; ".join([*sorted(reasons), *filter(None, [score.note])]))
-        scores[name + _other_judges(suite, used)] = score
-    return scores
+    suite = suite.with_proxies()
+    scores = score_all(suite, columns, reference, not_measured or {})
+    return with_intervals(suite, scores, columns, reference)[0]
 
 
 def on_first_process(function: Callable[[], T]) -> T:
@@ -309,17 +314,6 @@ def _records(
     ]
 
 
-def _other_judges(suite: Suite, metrics: set[str]) -> str:
-    """Name the judges in a score's name that are not the papers'."""
-    kinds = {METRICS[metric].judge for metric in metrics} - {None}
-    others = {
-        source
-        for kind, source in suite.judges.items()
-        if kind in kinds and source and source != DEFAULT_SOURCES[kind]
-    }
-    return f" [{', '.join(sorted(Path(source).name for source in others))}]" if others else ""
-
-
 def _scores_json(suite: Suite, scores: Mapping[str, Score]) -> dict[str, Any]:
     made = zip(scores.items(), suite.scores.values(), strict=True)
     return {
@@ -341,8 +335,8 @@ def _probe_json(columns: Mapping[str, Column], notes: Sequence[str]) -> dict[str
 
 
 def _count(answers: Mapping[Request, Result]) -> dict[str, int]:
-    scored = sum(isinstance(request, LogProb) for request in answers)
-    return {"scored": scored, "generated": len(answers) - scored}
+    kinds = Counter(type(request) for request in answers)
+    return {what: kinds[kind] for kind, what in REQUEST_KINDS.items() if kinds[kind]}
 
 
 def _name_faults(
@@ -356,7 +350,7 @@ def _name_faults(
         for sample, row in zip(probes[name].samples, rows, strict=True):
             for request in row.values():
                 try:
-                    if isinstance(request, LogProb):
+                    if not isinstance(request, Generate):
                         encoder.pairs([request.question], [request.answer])
                 except UserError as error:
                     faults.setdefault(sample.id, error)

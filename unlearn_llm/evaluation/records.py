@@ -1,4 +1,7 @@
-"""What an evaluation leaves on disk: records.jsonl and scores.json, strict JSON, whole or not."""
+"""What an evaluation leaves on disk: records.jsonl, scores.json, roc.json where there are attacks.
+
+Strict JSON; a file is whole or not there.
+"""
 
 import json
 import math
@@ -10,10 +13,18 @@ from typing import Any
 
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.columns import Columns
-from unlearn_llm.evaluation.requests import Generation, LogProbResult, Row
+from unlearn_llm.evaluation.requests import (
+    Generation,
+    GradientNormResult,
+    LogProbResult,
+    Result,
+    Row,
+    TokenMomentsResult,
+)
 
 RECORDS = "records.jsonl"
 SCORES = "scores.json"
+ROC = "roc.json"
 
 Record = dict[str, Any]
 """One probe and sample: what was asked, what came back, the metric values."""
@@ -23,32 +34,35 @@ def record_of(probe: str, row: Row, metrics: Mapping[str, float | None]) -> Reco
     """Make the record of one row.
 
     `results` has, per request key, the loss (nats per token) and the number of tokens, and for
-    the plain answer also the log-probability of every token; `generation` has the text.
+    the plain answer also the log-probability of every token; what membership attacks asked for
+    stands there as it came. `generation` has the text. Rows of one `group` belong together.
     """
     sample = row.sample
     generation = row.results.get("generation")
     return {
         "probe": probe,
         "id": sample.id,
+        "group": sample.group,
         "question": sample.question,
         "answer": sample.answer,
         "reference": sample.reference,
         "generation": _generation(generation) if isinstance(generation, Generation) else None,
         "results": {
-            key: _scored(result, with_tokens=key == "answer")
+            key: _measured(result, with_tokens=key == "answer")
             for key, result in row.results.items()
-            if isinstance(result, LogProbResult)
+            if not isinstance(result, Generation)
         },
         "metrics": {name: _strict(value) for name, value in metrics.items()},
     }
 
 
 def columns_of(records: Iterable[Record]) -> Columns:
-    """Turn records into columns: columns[probe][metric], and the row ids under "id"."""
+    """Turn records into columns: columns[probe][metric], row ids ("id") and authors ("group")."""
     columns: dict[str, dict[str, list[Any]]] = {}
     for record in records:
-        of_probe = columns.setdefault(record["probe"], {"id": []})
+        of_probe = columns.setdefault(record["probe"], {"id": [], "group": []})
         of_probe["id"].append(record["id"])
+        of_probe["group"].append(record.get("group"))
         for metric, value in record["metrics"].items():
             of_probe.setdefault(metric, []).append(value)
     return columns
@@ -118,11 +132,20 @@ def _generation(generation: Generation) -> dict[str, Any]:
     }
 
 
-def _scored(result: LogProbResult, with_tokens: bool) -> dict[str, Any]:
+def _measured(result: Result, with_tokens: bool) -> dict[str, Any]:
+    if isinstance(result, GradientNormResult):
+        return {"norm": _strict(result.norm)}
+    if isinstance(result, TokenMomentsResult):
+        return {name: _all_strict(values) for name, values in vars(result).items()}
+    assert isinstance(result, LogProbResult)
     scored: dict[str, Any] = {"loss": _strict(result.loss), "tokens": len(result.token_logps)}
     if with_tokens:
-        scored["token_logps"] = [_strict(logp) for logp in result.token_logps]
+        scored["token_logps"] = _all_strict(result.token_logps)
     return scored
+
+
+def _all_strict(values: Iterable[float]) -> list[float | None]:
+    return [_strict(value) for value in values]
 
 
 def _strict(value: float | None) -> float | None:

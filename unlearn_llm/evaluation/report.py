@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from unlearn_llm.errors import UserError
+from unlearn_llm.evaluation.comparison import Difference
 from unlearn_llm.evaluation.records import SCORES
 
 NOT_MEASURED = "not measured"
@@ -35,13 +37,16 @@ def read_details(path: str | Path) -> dict[str, Any]:
 
 
 def side_by_side(
-    evaluations: Mapping[str, Mapping[str, Any]], names: Sequence[str] | None = None
+    evaluations: Mapping[str, Mapping[str, Any]],
+    names: Sequence[str] | None = None,
+    intervals: bool = False,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Arrange the scores of several models: [model][score] -> value, n, note, text.
+    """Arrange the scores of several models: [model][score] -> value, n, note, interval, text.
 
     Args:
         evaluations: The details of an Evaluation (or of a scores.json) by the model's name.
         names: Scores to show; None: all, in the order of the first model that has them.
+        intervals: Let the texts show the confidence intervals.
 
     Returns:
         For every model every score; one that a model lacks has the value None.
@@ -55,8 +60,8 @@ def side_by_side(
         scores = {name: details["scores"].get(name, absent) for name in names}
         rows[model] = {
             name: {
-                **{key: score[key] for key in ("value", "n", "note")},
-                "text": shown(score["value"], score.get("aggregate")),
+                **{key: score.get(key) for key in ("value", "n", "note", "interval")},
+                "text": _text(score, intervals),
             }
             for name, score in scores.items()
         }
@@ -76,6 +81,28 @@ def table(
         made.add_column(name, justify="right", overflow="fold")
     for model, scores in rows.items():
         made.add_row(model, *(score["text"] for score in scores.values()))
+    return made
+
+
+def _text(score: Mapping[str, Any], intervals: bool) -> str:
+    aggregate, interval = score.get("aggregate"), score.get("interval")
+    text = shown(score["value"], aggregate)
+    if not intervals or interval is None:
+        return text
+    return f"{text} [{shown(interval['low'], aggregate)}, {shown(interval['high'], aggregate)}]"
+
+
+def comparison(differences: Mapping[str, Difference], names: Sequence[str]) -> Table:
+    """Make a table of two runs: one row per score, with the difference and how sure it is."""
+    made = Table("score")
+    for column in (*names, "difference", "interval", "p", "p (Wilcoxon)"):
+        made.add_column(Text(column), justify="right")
+    for name, each in differences.items():
+        interval = each.interval and f"[{each.interval.low:+.4f}, {each.interval.high:+.4f}]"
+        p_values = [None if p is None else f"{p:.3g}" for p in (each.p_value, each.wilcoxon)]
+        gap = None if each.difference is None else f"{each.difference:+.4f}"
+        scores = [shown(score.value) for score in (each.first, each.second)]
+        made.add_row(name, *scores, *(text or "" for text in (gap, interval, *p_values)))
     return made
 
 

@@ -22,7 +22,23 @@ class Generate:
     question: str
 
 
-Request = LogProb | Generate
+@dataclass(frozen=True)
+class TokenMoments:
+    """How likely is each token of the answer, and what would the model have expected there?"""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class GradientNorm:
+    """How strongly would one row change the weights?"""
+
+    question: str
+    answer: str
+
+
+Request = LogProb | Generate | TokenMoments | GradientNorm
 
 
 @dataclass(frozen=True)
@@ -53,7 +69,27 @@ class Generation:
     """Did the model end by itself, or was it cut at the limit?"""
 
 
-Result = LogProbResult | Generation
+@dataclass(frozen=True)
+class TokenMomentsResult:
+    """The answer to a TokenMoments request; per scored token, the end token is the last."""
+
+    token_logps: tuple[float, ...]
+    """Nats."""
+    means: tuple[float, ...]
+    """Expected log-probability of a token drawn from the model, E_p[log p]: minus the entropy."""
+    variances: tuple[float, ...]
+    """Variance of the same, Var_p[log p], in nats squared."""
+
+
+@dataclass(frozen=True)
+class GradientNormResult:
+    """The answer to a GradientNorm request."""
+
+    norm: float
+    """Mean over the weight tensors of the 2-norm of the gradient of the loss per token."""
+
+
+Result = LogProbResult | Generation | TokenMomentsResult | GradientNormResult
 
 
 @dataclass(frozen=True)
@@ -76,6 +112,8 @@ class Sample:
     similar_to: str | None = None
     """What similarity compares with where that is a third text (the long answer of the
     real-person data); None: the reference."""
+    group: str | None = None
+    """Rows of one author or person share it, since what happens to one happens to all."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,10 @@ from transformers.utils import logging
 from unlearn_llm.encode import Encoder
 from unlearn_llm.evaluation.batching import Item, batches, evaluating, halving
 from unlearn_llm.evaluation.generator import Generator
+from unlearn_llm.evaluation.gradients import Gradients
 from unlearn_llm.evaluation.journal import Journal, digest, key_of
-from unlearn_llm.evaluation.requests import Generate, LogProb, Request, Result
+from unlearn_llm.evaluation.readings import READINGS
+from unlearn_llm.evaluation.requests import Generate, GradientNorm, LogProb, Request, Result
 from unlearn_llm.evaluation.scorer import Scorer
 from unlearn_llm.scoring import unwrapped
 
@@ -73,10 +75,15 @@ class Runner:
         tokenizer = encoder.tokenizer
         named = tokenizer.pad_token_id
         pad_id = int(tokenizer.eos_token_id if named is None else named)
-        self._scorer = Scorer(self.model, encoder, pad_id, token_budget)
         self._generator = Generator(
             self.model, encoder, pad_id, generation_budget, max_new_tokens, max_total_tokens
         )
+        self._askers: dict[type[Request], Asker] = {
+            kind: Scorer(self.model, encoder, pad_id, token_budget, reading)
+            for kind, reading in READINGS.items()
+        }
+        self._askers[Generate] = self._generator
+        self._askers[GradientNorm] = Gradients(self.model, encoder, pad_id)
         self._limits = {"max_new_tokens": max_new_tokens, "max_total_tokens": max_total_tokens}
         if progress is None:
             progress = sys.stderr.isatty() and logging.is_progress_bar_enabled()
@@ -90,7 +97,7 @@ class Runner:
             **self._limits,
             "stop_ids": sorted(self._generator.stop_ids),
             # Rounding, and what bfloat16 makes of it.
-            "batches": [self._scorer.budget, self._generator.budget],
+            "batches": [self._askers[LogProb].budget, self._generator.budget],
             "device": inner.device.type,
             "attention": inner.config._attn_implementation,
         }
@@ -110,12 +117,10 @@ class Runner:
             UserError: a question or an answer that cannot be encoded.
         """
         distinct = list(dict.fromkeys(requests))
-        scored = self._scorer.items([r for r in distinct if isinstance(r, LogProb)])
-        generated = self._generator.items([r for r in distinct if isinstance(r, Generate)])
-        asked: tuple[tuple[Asker, list[Item]], ...] = (
-            (self._scorer, scored),
-            (self._generator, generated),
-        )
+        asked = [
+            (asker, asker.items([request for request in distinct if isinstance(request, kind)]))
+            for kind, asker in self._askers.items()
+        ]
         results: dict[Request, Result] = {}
         with evaluating(self.model), torch.no_grad():
             for asker, items in asked:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from unlearn_llm.dataset import read_refusals, refusal_of
 from unlearn_llm.errors import RecipeError, UserError
 from unlearn_llm.evaluation.requests import Sample
-from unlearn_llm.evaluation.suite import Columns, Suite
+from unlearn_llm.evaluation.suite import Columns, Probe, Suite
 from unlearn_llm.registry import did_you_mean
 from unlearn_llm.rows import load_rows
 
@@ -15,6 +15,8 @@ SPLIT = "{split}"
 # The forget splits are nested and were handed out in parts: closer-look's files have the last
 # 1 % of `full` first, then the 4 % before it, then the 5 % before that.
 CLOSER_LOOK_PERCENT = (1, 5, 10)
+OPTIONAL = ("reference", "similar_to", "group")
+"""Parts of a sample whose columns the data may lack."""
 
 
 class Samples(NamedTuple):
@@ -31,7 +33,7 @@ def samples_of(suite: Suite, name: str) -> Samples:
         UserError: the data is missing, lacks a column, or holds something else than text in it.
     """
     probe = suite.probes[name]
-    source = probe.source.replace(SPLIT, suite.split)
+    source = suite.source_of(name)
     where = f"probe {name!r} ({source})"
     numbered = list(enumerate(load_rows(source, folder=suite.folder, seed=suite.data_seed)))
     if suite.row_order == "closer_look" and SPLIT in probe.source:
@@ -43,7 +45,7 @@ def samples_of(suite: Suite, name: str) -> Samples:
     notes += [f"no column {column!r}: compared with the answer" for column in absent]
     refusals = read_refusals(suite.refusals)
     samples = [
-        _sample(number, row, columns, where, refusal_of(number, refusals, suite.seed))
+        _sample(number, row, columns, where, refusal_of(number, refusals, suite.seed), probe)
         for number, row in kept
     ]
     return Samples(samples, notes)
@@ -77,19 +79,24 @@ def _present(
     named = {part: column for part, column in columns.model_dump().items() if column}
     absent = [part for part, column in named.items() if column not in row]
     for part in absent:
-        if part not in ("reference", "similar_to"):
+        if part not in OPTIONAL:
             near = did_you_mean(named[part], row)
             raise UserError(
                 f"{where}: no column {named[part]!r} ({part}).{near} It has {', '.join(row)}."
             )
     return (
         {part: column for part, column in named.items() if part not in absent},
-        [named[part] for part in absent],
+        [named[part] for part in absent if part != "group"],
     )
 
 
 def _sample(
-    number: int, row: Mapping[str, Any], columns: Mapping[str, str], where: str, refusal: str
+    number: int,
+    row: Mapping[str, Any],
+    columns: Mapping[str, str],
+    where: str,
+    refusal: str,
+    probe: Probe,
 ) -> Sample:
     values: dict[str, Any] = {part: row.get(column) for part, column in columns.items()}
     perturbed = values.pop("perturbed", None) or ()
@@ -101,4 +108,7 @@ def _sample(
                 f"{type(value).__name__}."
             )
     values.setdefault("paraphrased", values["answer"])
+    if "group" not in values and probe.rows_per_author is not None:
+        values["group"] = str(number // probe.rows_per_author)
+    values["group"] = values.get("group") or None  # generated facts have "": nobody's
     return Sample(id=str(number), perturbed=perturbed, refusal=refusal, **values)

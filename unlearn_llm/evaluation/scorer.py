@@ -1,4 +1,4 @@
-"""Answers LogProb requests: how likely a model finds answers, token by token."""
+"""Answers what is asked about given answers, token by token: how likely a model finds them."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from unlearn_llm.dataset import Collator
 from unlearn_llm.encode import Encoded, Encoder
 from unlearn_llm.evaluation.batching import MULTIPLE, Item
-from unlearn_llm.evaluation.requests import LogProb, LogProbResult, Request
+from unlearn_llm.evaluation.readings import Reading
+from unlearn_llm.evaluation.requests import LogProb, Request, Result, TokenMoments
 from unlearn_llm.evaluation.trees import Tree
 from unlearn_llm.scoring import PLAIN_HEADS, distributions, hidden_states_for_logits, unwrapped
 
@@ -20,27 +21,37 @@ GPU_BUDGET = 16384
 TREE_TOKENS = 1024
 """Most tokens of a row of several answers: attention within a row grows with their square."""
 
+Scorable = LogProb | TokenMoments
+
 
 class Scorer:
-    """Asks one model for log-probabilities.
+    """Asks one model for one reading of its distributions.
 
     Attributes:
         budget: Most tokens (rows x padded length) of a batch.
         extra: See batches.
     """
 
-    what = "scoring"
     extra = 0
 
-    def __init__(self, model: nn.Module, encoder: Encoder, pad_id: int, budget: int | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        encoder: Encoder,
+        pad_id: int,
+        budget: int | None,
+        reading: Reading,
+    ) -> None:
         self.model = model
+        self.what = reading.what
+        self._reading = reading
         self.encoder = encoder
         on_cpu = unwrapped(model).device.type == "cpu"
         self.budget = budget or (CPU_BUDGET if on_cpu else GPU_BUDGET)
         self._collator = Collator(pad_id, MULTIPLE)
         self._shares = reads_trees(model, encoder.max_length)
 
-    def items(self, requests: Sequence[LogProb]) -> list[Item]:
+    def items(self, requests: Sequence[Scorable]) -> list[Item]:
         """Make rows of requests: one for each, or for all answers to one question.
 
         Raises:
@@ -55,7 +66,7 @@ class Scorer:
         """Give the requests that a row answers."""
         return list(item.key.paths)
 
-    def answer(self, batch: Sequence[Item]) -> list[tuple[Request, LogProbResult]]:
+    def answer(self, batch: Sequence[Item]) -> list[tuple[Request, Result]]:
         """Score the rows of a batch."""
         trees: list[Tree] = [item.key for item in batch]
         device = unwrapped(self.model).device
@@ -67,10 +78,10 @@ class Scorer:
             states = self.model(**inputs, use_cache=False).logits  # (B, T, H), or V without head
             hidden = {"answer": states[rows.to(states.device), nodes.to(states.device)]}
             found = distributions(hidden, {"answer": targets}, head)["answer"]
-            values = found.map(_logp_and_greedy, targets)  # (N, 2)
+            values = found.map(self._reading.of_tokens, targets)
         of_trees = values.cpu().split([len(tree.targets) for tree in trees])
         return [
-            (key, _result(of_tree[path]))
+            (key, self._reading.result(of_tree[path]))
             for tree, of_tree in zip(trees, of_trees, strict=True)
             for key, path in tree.paths.items()
         ]
@@ -110,13 +121,13 @@ def reads_trees(model: nn.Module, longest: int) -> bool:
     )
 
 
-def _trees(pairs: Sequence[tuple[LogProb, Encoded]]) -> list[Tree]:
+def _trees(pairs: Sequence[tuple[Scorable, Encoded]]) -> list[Tree]:
     """Put answers to one question into one tree, or into several where they are many or long."""
     trees = []
     # Sorted by tokens, so that neighbours share most.
     ordered = sorted(pairs, key=lambda pair: (pair[0].question, pair[1].ids))
     for _, group in groupby(ordered, key=lambda pair: pair[0].question):
-        part: list[tuple[LogProb, Encoded]] = []
+        part: list[tuple[Scorable, Encoded]] = []
         for pair in group:
             if part and sum(len(one.ids) for _, one in [*part, pair]) > TREE_TOKENS:
                 trees.append(_tree(part))
@@ -126,19 +137,8 @@ def _trees(pairs: Sequence[tuple[LogProb, Encoded]]) -> list[Tree]:
     return trees
 
 
-def _tree(pairs: Sequence[tuple[LogProb, Encoded]]) -> Tree:
+def _tree(pairs: Sequence[tuple[Scorable, Encoded]]) -> Tree:
     tree = Tree()
     for request, encoded in pairs:
         tree.add(request, encoded.ids, encoded.n_prompt)
     return tree
-
-
-def _logp_and_greedy(logps: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each target, and 1 where it is the first choice: (n, 2)."""
-    chosen = logps.gather(-1, targets[:, None]).squeeze(-1)
-    # Not argmax, which takes twice as long on a CPU.
-    return torch.stack([chosen, (logps.max(-1).indices == targets).to(chosen.dtype)], dim=-1)
-
-
-def _result(values: Tensor) -> LogProbResult:
-    return LogProbResult(tuple(values[:, 0].tolist()), tuple(values[:, 1].bool().tolist()))

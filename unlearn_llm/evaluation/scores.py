@@ -14,8 +14,24 @@ from scipy.stats import ks_2samp, rankdata
 
 OPEN_UNLEARNING_EPS = 1e-10
 
-Values = Sequence[float | None]
 Array = NDArray[np.float64]
+Values = Sequence[float | None] | Array
+"""Numbers of rows; None, or in an array NaN, where a row could not be measured."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Between which bounds a score would fall had other rows of the same kind been asked.
+
+    Attributes:
+        confidence: Share of such intervals that hold the true value.
+        method: How it was made, and whether over rows or over authors.
+    """
+
+    low: float
+    high: float
+    confidence: float
+    method: str
 
 
 @dataclass(frozen=True)
@@ -26,11 +42,13 @@ class Score:
         value: The number; None means "not measured", never 0.
         n: How many rows made it; None for a composite of several columns.
         note: Why there is no value, or what a reader must know about it.
+        interval: How sure it is; None: not measured.
     """
 
     value: float | None
     n: int | None = None
     note: str | None = None
+    interval: Interval | None = None
 
     @classmethod
     def missing(cls, reason: str) -> "Score":
@@ -43,7 +61,7 @@ def mean(values: Values) -> Score:
 
     Source: TOFU, locuslab/tofu@bdc209e. Differs: no difference.
     """
-    return _reduce(values, lambda array: np.mean(array))
+    return _reduce(values, lambda array: array.mean())
 
 
 def maximum(values: Values) -> Score:
@@ -157,7 +175,10 @@ def ks_statistic(
 
     Source: scipy ks_2samp. Differs: as `forget_quality`.
     """
-    return _ks(values, reference, lambda first, second: ks_2samp(first, second).statistic)
+    # The distance is the same with either method, and an exact p-value takes long.
+    return _ks(
+        values, reference, lambda first, second: ks_2samp(first, second, method="asymp").statistic
+    )
 
 
 def _ks(
@@ -190,11 +211,10 @@ def mia_auc(forget: Values, holdout: Values) -> Score:
     Source: locuslab/open-unlearning@d3d7cf9 (roc_auc, forget 0, holdout 1). Differs: no
         difference. MUSE's own AUC is one minus this.
     """
-    inside = [value for value in forget if value is not None]
-    outside = [value for value in holdout if value is not None]
-    if not inside or not outside:
+    inside, outside = measured(forget), measured(holdout)
+    if not len(inside) or not len(outside):
         return Score.missing(f"{len(inside)} forget and {len(outside)} holdout rows measured")
-    if any(math.isnan(value) for value in (*inside, *outside)):
+    if np.isnan(inside).any() or np.isnan(outside).any():
         return Score.missing("some values are not numbers")
     ranks = rankdata([*outside, *inside])[: len(outside)]
     wins = float(np.sum(ranks)) - len(outside) * (len(outside) + 1) / 2
@@ -216,13 +236,20 @@ def privleak(auc: float, reference_auc: float) -> float:
     return 100 * (reference_auc - auc) / (1 - reference_auc + OPEN_UNLEARNING_EPS)
 
 
+def measured(values: Values) -> Array:
+    """Give the values of the rows that were measured."""
+    if isinstance(values, np.ndarray):
+        return values[~np.isnan(values)]
+    return np.asarray([value for value in values if value is not None], dtype=np.float64)
+
+
 def _reduce(values: Values, compute: Callable[[Array], float | np.floating]) -> Score:
-    kept = [value for value in values if value is not None]
-    if not kept:
+    kept = measured(values)
+    if not len(kept):
         return Score.missing(f"0 of {len(values)} rows measured")
-    value = float(compute(np.asarray(kept, dtype=np.float64)))
+    value = float(compute(kept))
     if not math.isfinite(value):
-        return Score.missing(f"{sum(not math.isfinite(v) for v in kept)} values are not finite")
+        return Score.missing(f"{np.sum(~np.isfinite(kept))} values are not finite")
     return Score(value, len(kept), _skipped(len(values), len(kept)))
 
 

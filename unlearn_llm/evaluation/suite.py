@@ -40,17 +40,32 @@ class Columns(Strict):
     """What similarity and entailment compare with. None, or a column that the data lacks: the
     answer."""
     similar_to: str | None = None
+    group: str | None = None
+    """Whose row it is: a column with the author's or person's name, if the data has it."""
 
 
 class Probe(Strict):
     """One set of questions put to a model, with the metrics taken on it."""
 
     source: str
-    """As rows.load_rows takes it; `{split}` stands for the suite's split."""
+    """As rows.load_rows takes it; `{split}` stands for the suite's split, `{holdout}` for the
+    held-out one of the same size, `{authors}` for the suite's authors."""
     metrics: list[str]
     columns: Columns = Columns()
     limit: Limit | None = None
     """First rows that are used; None: the suite's limit."""
+    rows_per_author: int | None = Field(default=None, ge=1)
+    """For data without such a column: how many rows in line are one author's."""
+
+
+class Intervals(Strict):
+    """How the confidence intervals of the scores are made; see intervals.py."""
+
+    resamples: int = Field(default=1000, ge=100)
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    by: Literal["author", "row"] = "author"
+    """What is drawn: authors with all their rows, where rows name one, or single rows."""
+    seed: int = 0
 
 
 class ScoreOf(Strict):
@@ -69,6 +84,8 @@ class Suite(Strict):
     name: str
     split: str = "forget10"
     """The forget split: forget01, forget05, forget10."""
+    authors: Literal["tofu", "synthetic"] = "tofu"
+    """Whose rows `{authors}` stands for: TOFU's, or generated ones."""
     folder: str | None = None
     """Folder with TOFU's files; None: the hub."""
     data_seed: int = 0
@@ -89,6 +106,8 @@ class Suite(Strict):
     """Most tokens of prompt and generation together (TOFU's code: 200); None: no such limit."""
     reference: str | None = None
     """records.jsonl of a model that never saw the forget set, for forget quality."""
+    intervals: Intervals | None = Intervals()
+    """None: scores without confidence intervals."""
     judges: dict[JudgeKind, str | None] = Field(default_factory=dict)
     """Models that read texts, on the hub or in a folder. None or absent: not measured."""
     proxies: bool | list[JudgeKind] = False
@@ -127,6 +146,12 @@ class Suite(Strict):
                 update={"options": replaced}
             )
         return self.model_copy(update={"probes": probes, "scores": scores})
+
+    def source_of(self, probe: str) -> str:
+        """Give the source of a probe as rows.load_rows takes it."""
+        source = self.probes[probe].source.replace("{authors}", self.authors)
+        holdout = self.split.replace("forget", "holdout")
+        return source.replace("{holdout}", holdout).replace("{split}", self.split)
 
     def options_of(self, score: ScoreOf) -> dict[str, Any]:
         """Give the aggregate's options, with those that the suite decides."""

@@ -87,7 +87,7 @@ def test_help_imports_neither_torch_nor_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "finetune", "eval", "demo", "list", "show", "copy"):
+    for command in ("train", "finetune", "eval", "compare", "demo", "list", "show", "copy"):
         assert f"  {command} " in done.stdout
 
 
@@ -166,6 +166,7 @@ def test_show_prints_what_copy_writes(unlearn, tmp_path):
         (["eval", "./nowhere"], ["there is no folder"]),
         (["eval", "--from", "nowhere.jsonl"], ["There is no file nowhere.jsonl"]),
         (["eval", "m", "--suite", "tofoo"], ["m"]),
+        (["compare", "nowhere", "elsewhere"], ["There is no file nowhere"]),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(unlearn, tmp_path, monkeypatch, arguments, words):
@@ -300,6 +301,33 @@ def test_an_earlier_evaluation_is_not_overwritten_unasked(unlearn, target):
     assert unlearn(*given, "--output", "kept").code == 0
     refused(unlearn(*given, "--output", "kept"), "holds the scores of an earlier evaluation")
     assert unlearn(*given, "--output", "kept", "--overwrite").code == 0
+
+
+def test_two_runs_are_compared_if_they_were_made_alike(unlearn, target):
+    given = ["eval", "target", "--suite", "synthetic", "max_new_tokens=2", "--output"]
+    for folder, more in (("one", "limit=6"), ("two", "data.template=llama2"), ("six", "limit=5")):
+        assert unlearn(*given, folder, "limit=6", more, "intervals.by=row").code == 0
+    one, two, six = (f"{folder}/synthetic/target" for folder in ("one", "two", "six"))
+    refused(unlearn("compare", one, two), "not comparable", "template (plain and llama2)")
+    refused(unlearn("compare", one, six), "limit (6 and 5)")
+    draws = "intervals.resamples=100"
+    shown = unlearn("compare", one, one, draws)
+    assert shown.code == 0, shown.err
+    assert "MU9" in shown.out and "+0.0000" in shown.out
+    assert "of 20 equal scores one is below p = 0.05 by chance" in shown.out
+    found = json.loads(unlearn("compare", one, one, draws, "--json").out)
+    assert found["MU9"]["p_value"] == 1.0
+    assert found["forget_quality"]["note"] == "no reference records given"
+    gold = json.loads(unlearn("compare", one, one, draws, "--json", "--reference", one).out)
+    assert gold["forget_quality"]["first"]["value"] == 1.0
+
+
+def test_intervals_are_shown_when_asked_for(unlearn, target):
+    given = ["eval", "target", "--suite", "synthetic", "limit=6", "max_new_tokens=2"]
+    more = ["intervals.by=row", "intervals.resamples=100", "--output", "sure"]
+    plain = unlearn(*given, *more)
+    shown = unlearn("eval", "--from", "sure/synthetic/target", "--intervals")
+    assert "[" not in plain.out and "[" in shown.out
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "some"])

@@ -1,5 +1,6 @@
 """`unlearn compare`: two evaluations of the same rows, score by score."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,11 @@ def compare_runs(
     """
     details = [read_details(folder) for folder in (first, second)]
     check_comparable(*details)
-    changes: dict[str, Any] = {}
-    recipe_files.override(changes, overrides)
-    suite = validated(Suite, {**details[0]["suite"], **changes}, str(first))
-    suite, notes = _without_unlike_ovr(suite, details, "objective_kind" in changes)
+    document = copy.deepcopy(details[0]["suite"])
+    recipe_files.override(document, overrides)
+    suite = validated(Suite, document, str(first))
+    settled = any(text.startswith("objective_kind=") for text in overrides)
+    suite, notes = _without_unlike_ovr(suite, details, settled)
     references = [one.get("reference") for one in details]
     if reference is None and references[0] == references[1] and references[0]:
         reference = Path(references[0])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from unlearn_llm.dataset import Collator
 from unlearn_llm.encode import Encoded, Encoder
 from unlearn_llm.evaluation.batching import MULTIPLE, Item
-from unlearn_llm.evaluation.readings import Reading
+from unlearn_llm.evaluation.readings import READINGS, Reading
 from unlearn_llm.evaluation.requests import LogProb, Request, Result, TokenMoments
 from unlearn_llm.evaluation.trees import Tree
 from unlearn_llm.scoring import PLAIN_HEADS, distributions, hidden_states_for_logits, unwrapped
@@ -40,7 +40,7 @@ class Scorer:
         encoder: Encoder,
         pad_id: int,
         budget: int | None,
-        reading: Reading,
+        reading: Reading = READINGS[LogProb],
     ) -> None:
         self.model = model
         self.what = reading.what

@@ -28,7 +28,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "optim/storage", "optim/task", "optim/triton_codec", "optim/triton_step", "optim/update",
         "combine", "combine/base", "combine/gradients", "combine/ngdiff", "combine/ofmu",
         "combine/vectors", "combine/weights",
-        "vocabulary", "synthetic", "synthetic_words", "yaml_text",
+        "vocabulary", "vocabulary_chunks", "synthetic", "synthetic_words", "yaml_text",
         "evaluation", "evaluation/requests", "evaluation/metrics", "evaluation/text_metrics",
         "evaluation/texts", "evaluation/aggregates", "evaluation/columns", "evaluation/scores",
         "evaluation/options", "evaluation/records",

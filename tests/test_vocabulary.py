@@ -4,8 +4,9 @@ import pytest
 import torch
 from tensor_watch import Largest
 
-from unlearn_llm import vocabulary
-from unlearn_llm.vocabulary import Logits, kl_divergence, logit_statistics
+from unlearn_llm import vocabulary_chunks
+from unlearn_llm.vocabulary import kl_divergence, logit_statistics
+from unlearn_llm.vocabulary_chunks import Logits
 
 N, HIDDEN, VOCABULARY = 7, 5, 101  # a prime: no chunk divides it
 ONE_CHUNK = 10**9
@@ -14,13 +15,13 @@ ONE_CHUNK = 10**9
 @pytest.fixture(params=[1, 13, 100, ONE_CHUNK], ids="{} columns".format)
 def columns(request, monkeypatch):
     """Columns of a chunk, where N positions are scored (half as many for KL)."""
-    monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 4 * N * request.param)
+    monkeypatch.setattr(vocabulary_chunks, "CHUNK_BYTES", 4 * N * request.param)
     return request.param
 
 
 @pytest.fixture
 def thirteen_columns(monkeypatch):
-    monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 4 * N * 13)
+    monkeypatch.setattr(vocabulary_chunks, "CHUNK_BYTES", 4 * N * 13)
 
 
 def make(seed=0, *, n=N, bias=True, dtype=torch.float32, scale=1.0):
@@ -57,7 +58,8 @@ def full(logits):
 
 def slow_statistics(logits, targets):
     z = full(logits)
-    return z[range(len(z)), targets], z.logsumexp(-1), z.mean(-1)
+    others = z.scatter(1, targets[:, None], -torch.inf).logsumexp(-1)
+    return z[range(len(z)), targets], others, z.logsumexp(-1), z.mean(-1)
 
 
 def slow_kl(reference, policy):
@@ -258,7 +260,8 @@ def test_half_precision_logits_are_summed_in_float32(columns, how):
         )
     assert all(tensor.dtype == torch.float32 for tensor in (*ours, divergence))
     p, q = z.softmax(-1), reference_z.softmax(-1)
-    expected = (z[range(N), targets], z.logsumexp(-1), z.mean(-1), (q * (q / p).log()).sum(-1))
+    others = z.scatter(1, targets[:, None], -torch.inf).logsumexp(-1)
+    expected = (z[range(N), targets], others, z.logsumexp(-1), z.mean(-1), (q * (q / p).log()).sum(-1))
     for value, expected_value in zip((*ours, divergence), expected, strict=True):
         torch.testing.assert_close(value.double(), expected_value, rtol=1e-5, atol=1e-5)
     # Outside autocast, as the Trainer calls it. Gradients of logits are rounded to 8 bits too.
@@ -277,7 +280,8 @@ def test_a_well_learned_token_keeps_its_gradient_in_bfloat16():
         torch.tensor([[9.25], [0.0]], dtype=torch.bfloat16, requires_grad=True),
         None,
     )
-    target, logsumexp, _ = logit_statistics(logits, torch.tensor([0]))
-    (grad,) = torch.autograd.grad(logsumexp - target, [logits.weight], torch.ones(1))
+    found = logit_statistics(logits, torch.tensor([0]))
+    nll = found.logsumexp - found.target
+    (grad,) = torch.autograd.grad(nll, [logits.weight], torch.ones(1))
     expected = -1 / (1 + torch.tensor(9.25).exp())
     torch.testing.assert_close(grad[0, 0].float(), expected, rtol=1e-2, atol=0)

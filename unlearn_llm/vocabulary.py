@@ -190,7 +190,7 @@ class _Margin(torch.autograd.Function):
 def _above_mean(values: Tensor, tokens: Tensor, like: Tensor) -> Tensor:
     """Add (N, K) values up by token, less the mean over the vocabulary of (V, K); like a tensor."""
     mean = values.sum(0) / len(like)
-    chosen, places = tokens.unique(return_inverse=True)
+    chosen, places = torch.unique(tokens, return_inverse=True)
     sums = values.new_zeros(len(chosen), values.shape[1]).index_add_(0, places, values)
     # Rounded to the dtype of `like` once, and nothing else is of its size.
     result = torch.empty_like(like).copy_(-mean)

@@ -5,7 +5,7 @@ batches, except for rounding.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -200,29 +200,13 @@ class Runner:
         generated = self.model.generate(  # type: ignore[operator]
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            generation_config=self._greedy_config(limit),
+            generation_config=greedy_config(limit, self._collator.pad_id, self._stop_ids),
             **({"past_key_values": roomy_cache(inner)} if known else {}),
         )
         return [
             (item.key, self._cut(row))
             for item, row in zip(batch, generated[:, ids.shape[1] :].tolist(), strict=True)
         ]
-
-    def _greedy_config(self, limit: int) -> GenerationConfig:
-        # Named one by one: what is left out comes from the model's own generation_config, and a
-        # repetition penalty there would change what "greedy" means.
-        return GenerationConfig(
-            max_new_tokens=limit,
-            do_sample=False,
-            num_beams=1,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=50,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            pad_token_id=self._collator.pad_id,
-            eos_token_id=sorted(self._stop_ids),
-        )
 
     def _cut(self, ids: list[int]) -> list[int]:
         """Keep the ids up to the first stop token; pads stand after it."""
@@ -252,6 +236,26 @@ def stop_ids(model: nn.Module, encoder: Encoder) -> set[int]:
     named = unwrapped(model).generation_config.eos_token_id
     model_ids = named if isinstance(named, list) else [named]
     return {int(encoder.tokenizer.eos_token_id), *(int(i) for i in model_ids if i is not None)}
+
+
+def greedy_config(max_new_tokens: int, pad_id: int, ends: Collection[int]) -> GenerationConfig:
+    """Name the settings of greedy generation, whatever the model's own are.
+
+    Named one by one: what is left out comes from the model's own generation_config, and a
+    repetition penalty there would change what "greedy" means.
+    """
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        pad_token_id=pad_id,
+        eos_token_id=sorted(ends),
+    )
 
 
 def batches(items: Sequence[Item], budget: int, extra: int = 0) -> Iterator[list[Item]]:

@@ -174,8 +174,8 @@ def _track_base(base: Moments, grad: Tensor, grad_square: Tensor, c: Coefficient
 def _track(average: Tensor, value: Tensor, weight: Number) -> None:
     """Move an average towards a value."""
     if isinstance(weight, Tensor):
-        # lerp has a second formula for weights above 1/2. Compiled, both are computed for every
-        # entry, which takes a tenth of the step.
+        # lerp has a second formula for weights above 1/2. Compiled, it chooses between both at
+        # every entry, which costs up to a tenth of the step.
         average.add_((value - average) * weight)
     else:
         average.lerp_(value, weight)

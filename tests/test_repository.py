@@ -31,7 +31,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "vocabulary", "vocabulary_chunks", "synthetic", "synthetic_words", "yaml_text",
         "evaluation", "evaluation/requests", "evaluation/metrics", "evaluation/text_metrics",
         "evaluation/texts", "evaluation/aggregates", "evaluation/columns", "evaluation/scores",
-        "evaluation/options", "evaluation/records",
+        "evaluation/options", "evaluation/records", "evaluation/statistics",
     ),
     2: (
         "dual_setup", "encode", "rows", "dataset", "models", "hidden", "scoring", "reference",

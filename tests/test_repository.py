@@ -44,7 +44,9 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     4: (
         "recipe", "recipe_check", "recipe_files", "published", "pipeline", "evaluating",
-        "cli", "demo", "__init__", "__main__", "evaluation/report",
+        "cli", "cli_reports", "demo", "__init__", "__main__", "evaluation/report",
+        "leaderboard", "leaderboard/boards", "leaderboard/cells", "leaderboard/comparable",
+        "leaderboard/formats", "leaderboard/methods", "leaderboard/published", "leaderboard/runs",
     ),
 }  # fmt: skip
 LIBRARIES: dict[int, tuple[str, ...]] = {  # what a floor may use beyond the floors below it

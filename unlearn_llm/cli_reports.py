@@ -1,4 +1,4 @@
-"""The commands that read finished runs: tables of them. They train nothing and load no model."""
+"""The commands that read finished runs: tables, other projects' formats. They load no model."""
 
 import sys
 from pathlib import Path
@@ -54,6 +54,51 @@ def leaderboard(
         Console().print(formats.for_terminal(made))
         return
     _give(formats.FORMATS[style or "markdown"](made), output)
+
+
+@commands.command()
+def export(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A finished run, or an evaluation.")
+    ],
+    style: Annotated[
+        str, typer.Option("--format", help="tofu-csv, open-unlearning or model-index.")
+    ],
+    output: Annotated[Path | None, typer.Option(help="A file; else it is printed.")] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="records.jsonl of a gold model; else the one of the evaluation."),
+    ] = None,
+    submitted_by: Annotated[str, typer.Option(help="For tofu-csv: who you are.")] = "",
+) -> None:
+    """Write an evaluation in the format of another project.
+
+    open-unlearning's format holds questions, answers and generations in plain text.
+    """
+    from unlearn_llm.exchange.commands import export_folder
+
+    _give(export_folder(folder, style, reference, submitted_by), output)
+
+
+@commands.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A TOFU_EVAL.json.")],
+    output: Annotated[Path, typer.Option(help="Folder for records.jsonl and scores.json.")],
+    style: Annotated[str, typer.Option("--format", help="open-unlearning.")] = "open-unlearning",
+    reference: Annotated[
+        Path | None, typer.Option(help="The retain model's TOFU_EVAL.json, or its records.jsonl.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Read an evaluation of another project into records of ours."""
+    from unlearn_llm.exchange.commands import import_file
+
+    scores = import_file(file, style, output, reference, overwrite)
+    for name, score in scores.items():
+        if "/" not in name and "_Q_A_" not in name:
+            shown = "not measured" if score["value"] is None else f"{score['value']:.6g}"
+            print(f"{name:22} {shown}")
+    print(f"wrote {output}")
 
 
 def _style(style: str | None, output: Path | None) -> str | None:

@@ -26,7 +26,7 @@ from unlearn_llm.leaderboard.published import PublishedRow, why_not_beside
 from unlearn_llm.leaderboard.runs import FinishedRun
 from unlearn_llm.registry import did_you_mean
 
-SHOWN = ("UFE", "TFE", "MU18", "OVR", "forget_quality")
+SHOWN = ("UFE", "TFE", "MU18", "OVR", "model_utility", "forget_quality")
 """The scores of the papers' tables; a suite with none of them shows all that are no members."""
 BASELINES = ("initial", "gold")
 SCHEMES = ("joint", "alternate", "dual_adamw", "dual_adamw 8bit", "dual_adamw_plus")

@@ -14,7 +14,7 @@ Direction = Literal["up", "down", "zero"]
 NONE = "–"
 """Stands where a score has no meaning for a row, as in the papers' tables."""
 UP = {
-    "ufe", "tfe", "mu6", "mu9", "mu18", "ovr", "avg", "forget_quality",
+    "ufe", "tfe", "mu6", "mu9", "mu18", "ovr", "avg", "forget_quality", "model_utility",
     "arc-c", "mmlu", "truthfulqa", "triviaqa", "gsm8k", "ovr_safety", "safety avg", "utility avg",
     "i-malicious", "i-cona", "i-controversial", "q-harm", "retain_knowmem", "gpt-hm",
     "forget/token_entropy", "forget/refusal_entailment", "forget/truth_ratio",

@@ -10,12 +10,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from unlearn_llm.csv_text import no_formula
 from unlearn_llm.leaderboard.boards import Board, Column, Line
 from unlearn_llm.leaderboard.cells import NONE, Cell, direction
 
 ARROWS = {"up": "↑", "down": "↓", "zero": "→0", None: ""}
 NUMBERS = ("mean", "std", "low", "high", "n", "min", "median", "max")
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$",
     "#": r"\#", "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -50,7 +50,7 @@ def as_csv(boards: Sequence[Board]) -> str:
                 row += [line.runs, line.source, column.split, column.score]
                 row += [direction(column.score) or "", cell.text]
                 numbers = ["" if n is None else n for n in map(cell.numbers.get, NUMBERS)]
-                writer.writerow([*map(_no_formula, row), *numbers, cell.rank or ""])
+                writer.writerow([*map(no_formula, row), *numbers, cell.rank or ""])
     return file.getvalue()
 
 
@@ -171,11 +171,6 @@ def _md(text: str) -> str:
 
 def _tex(text: str) -> str:
     return "".join(LATEX.get(character, character) for character in text)
-
-
-def _no_formula(text: str) -> str:
-    """A spreadsheet runs what begins like a formula; names come from recipes of anybody."""
-    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 FORMATS: dict[str, Callable[[Sequence[Board]], str]] = {

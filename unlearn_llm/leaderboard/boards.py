@@ -243,7 +243,8 @@ def _published_board(
 ) -> Board:
     first = rows[0]
     splits = sorted({row.split for row in rows})
-    names = dict.fromkeys(name for row in rows for name in row.scores)
+    fullest_first = sorted(rows, key=lambda row: -len(row.scores))
+    names = dict.fromkeys(name for row in fullest_first for name in row.scores)
     columns = [
         Column(split, name)
         for split in splits

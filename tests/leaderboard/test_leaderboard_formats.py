@@ -6,6 +6,7 @@ import re
 
 import pytest
 from finished_runs import boards_of
+from rich.console import Console
 
 from unlearn_llm import cli
 from unlearn_llm.leaderboard import formats
@@ -33,6 +34,16 @@ def test_markdown_has_an_anchor_marks_and_whole_rows(hostile):
     assert widths == {6}
     assert "| **60.00** | **1.0e-03** |" in rows[2] and "| <u>50.00</u> |" in rows[3]
     assert "\\<i\\>" in text and "<i>" not in text
+
+
+def test_names_cannot_break_a_row_or_move_the_cursor(run, tmp_path):
+    run("a", {"UFE": 0.5}, optimizer="dual_adamw\n| x\x1b[31m", path="a/b\x1b[2J")
+    made = boards_of(tmp_path)
+    for text in (formats.markdown(made), formats.latex(made), formats.as_csv(made)):
+        assert "\x1b" not in text and "\n| x" not in text
+    console = Console(file=io.StringIO(), force_terminal=False, width=120)
+    console.print(formats.for_terminal(made))
+    assert "50.00" in console.file.getvalue() and "\x1b" not in console.file.getvalue()
 
 
 def test_latex_is_balanced_and_escaped(hostile):

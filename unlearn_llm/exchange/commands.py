@@ -1,5 +1,6 @@
 """`unlearn export` and `unlearn import`: folders in, folders out."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def export_folder(
     records = read_records(place)
     compared = _reference(reference or details.get("reference"))
     if style == "tofu-csv":
-        return tofu_csv(records, compared, method=name, submitted_by=submitted_by)
+        said = {"method": name, "submitted_by": submitted_by, "epoch": _epoch(folder)}
+        return tofu_csv(records, compared, **said)
     return as_json(open_unlearning.from_records(records, compared), indent=4) + "\n"
 
 
@@ -98,6 +100,15 @@ def _name(recipe: Mapping[str, Any], details: Mapping[str, Any], folder: Path) -
     if recipe.get("kind", "finetune") == "unlearn" and train:
         return f"{train.get('objective')} {scheme(train)}"
     return str(details.get("model", {}).get("name") or folder.name)
+
+
+def _epoch(folder: Path) -> str:
+    """Say how many epochs of the forget set were trained, if the run left word."""
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        return f"{float(state['epoch']):g}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
 
 
 def _is_hub_id(path: str) -> bool:

@@ -9,11 +9,11 @@ import csv
 import io
 from collections.abc import Sequence
 
-from unlearn_llm.csv_text import no_formula
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.aggregates import AGGREGATES, Columns
 from unlearn_llm.evaluation.records import Record, columns_of
 from unlearn_llm.evaluation.scores import Score
+from unlearn_llm.safe_text import no_formula
 
 SETS = {
     "Real Authors": "real_authors",

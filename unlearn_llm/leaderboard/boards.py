@@ -29,7 +29,15 @@ from unlearn_llm.registry import did_you_mean
 SHOWN = ("UFE", "TFE", "MU18", "OVR", "model_utility", "forget_quality")
 """The scores of the papers' tables; a suite with none of them shows all that are no members."""
 BASELINES = ("initial", "gold")
-SCHEMES = ("joint", "alternate", "dual_adamw", "dual_adamw 8bit", "dual_adamw_plus")
+SCHEMES = (
+    "joint",
+    "alternate",
+    "dual_adamw",
+    "dual_adamw 8bit",
+    "dual_adamw_plus",
+    "dual_adamw_plus 8bit",
+)
+"""In the order of the papers' tables; others follow."""
 
 
 class Column(NamedTuple):
@@ -137,9 +145,10 @@ def _boards(
         if row.objective in wanted and row.split in ("", *splits) and known & row.scores.keys()
     ]
     reasons = {id(row): why_not_beside(row, members[0], names) for row in rows}
-    beside = _published_lines([row for row in rows if not reasons[id(row)]], columns, None)
-    blocks = _blocks([*first, *ours, *beside])
-    board = Board(f"{suite}, {model}", suite, model, columns, blocks, _note(members, names))
+    beside = [row for row in rows if not reasons[id(row)]]
+    blocks = _blocks([*first, *ours, *_published_lines(beside, columns, None)])
+    note = _note(members, names, beside)
+    board = Board(f"{suite}, {model}", suite, model, columns, blocks, note)
     below = []
     for group in _by_paper([row for row in rows if reasons[id(row)]]):
         if all(row.method in BASELINES for row in group):
@@ -218,7 +227,9 @@ def _score_names(runs: Sequence[FinishedRun], wanted: Sequence[str]) -> list[str
     return [name for base in chosen for name in names if base_name(name) == base]
 
 
-def _note(members: Sequence[FinishedRun], names: Sequence[str]) -> str:
+def _note(
+    members: Sequence[FinishedRun], names: Sequence[str], beside: Sequence[PublishedRow]
+) -> str:
     said = []
     if any(run.replicate != members[0].replicate for run in members):
         said.append("mean ± half of the 95 % t interval over seeds or tasks; p-values: min to max")
@@ -228,7 +239,9 @@ def _note(members: Sequence[FinishedRun], names: Sequence[str]) -> str:
         said.append(f"† read by {', '.join(judges)}, not by the papers' judges")
     if any(base_name(name) != name.partition(" [")[0] for name in names):
         said.append("_proxy: words are counted where the papers ask a model")
-    return "; ".join(said) + "."
+    for row in beside:
+        said += [f"{row.paper}: {row.note}"] if row.note else []
+    return "; ".join(dict.fromkeys(said)) + "."
 
 
 def _by_paper(rows: Iterable[PublishedRow]) -> list[list[PublishedRow]]:
@@ -301,7 +314,8 @@ def _blocks(lines: Sequence[Line]) -> list[list[Line]]:
 
 def _place_of(method: str) -> int:
     names = (*BASELINES, *SCHEMES)
-    return names.index(method) if method in names else len(names)
+    name = method.partition(" (")[0]
+    return names.index(name) if name in names else len(names)
 
 
 def _marked(block: Sequence[Line], source: str) -> list[Line]:

@@ -10,9 +10,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from unlearn_llm.csv_text import no_formula
 from unlearn_llm.leaderboard.boards import Board, Column, Line
 from unlearn_llm.leaderboard.cells import NONE, Cell, direction
+from unlearn_llm.safe_text import no_formula
 
 ARROWS = {"up": "↑", "down": "↓", "zero": "→0", None: ""}
 NUMBERS = ("mean", "std", "low", "high", "n", "min", "median", "max")

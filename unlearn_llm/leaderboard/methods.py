@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unlearn_llm.leaderboard.runs import FinishedRun, flattened, scheme
+from unlearn_llm.safe_text import printable
 
 NO_METHOD = {
     "train": {"seed", "output_dir", "objective", "schedule", "combine", "optimizer"},
@@ -33,7 +34,7 @@ def labels(runs: Sequence[FinishedRun]) -> dict[Method, list[FinishedRun]]:
         for run, of_run in zip(members, settings, strict=True):
             said = ", ".join(f"{key}={of_run.get(key)}" for key in telling)
             label = f"{name} ({said})" if said else name
-            found.setdefault((objective, label), []).append(run)
+            found.setdefault((printable(objective), printable(label)), []).append(run)
     return found
 
 

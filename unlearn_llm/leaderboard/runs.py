@@ -12,6 +12,7 @@ from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.records import RECORDS, SCORES
 from unlearn_llm.evaluation.report import read_details
 from unlearn_llm.recipe_files import read_document
+from unlearn_llm.safe_text import printable
 from unlearn_llm.yaml_text import parse_yaml
 
 EVALUATION = "evaluation"
@@ -111,7 +112,7 @@ class FinishedRun:
 
 def family_of(model_path: str) -> str:
     """Name a model by the last part of its folder or hub id."""
-    return Path(model_path).name if model_path else "new model"
+    return printable(Path(model_path).name) if model_path else "new model"
 
 
 def scheme(train: Mapping[str, Any]) -> str:

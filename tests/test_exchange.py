@@ -118,6 +118,15 @@ def test_scores_of_an_import_are_recomputed_by_eval(oracle, logs, tmp_path, caps
         cli.main()
     assert done.value.code == 0
     assert "forget_quality         0.0067607" in capsys.readouterr().out
+    # A gold model that was measured by another suite of ours will do as well.
+    lines = (tmp_path / "retain" / "records.jsonl").read_text().splitlines()
+    plain = [json.loads(line) for line in lines]
+    for row in plain:
+        row["metrics"].pop("truth_ratio_eps", None)
+    (tmp_path / "plain.jsonl").write_text("\n".join(map(json.dumps, plain)))
+    found = import_file(file, "open-unlearning", tmp_path / "twin", tmp_path / "plain.jsonl")
+    expected = oracle[name]["expected_forget_quality"]
+    assert found["forget_quality"]["value"] == pytest.approx(expected, rel=1e-6)
     again = ["eval", "--from", "full", "--reference", "retain/records.jsonl", "--json"]
     monkeypatch.setattr("sys.argv", ["unlearn", *again])
     with pytest.raises(SystemExit):

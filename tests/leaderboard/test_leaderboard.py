@@ -1,5 +1,6 @@
 """Runs that become tables, and runs that may not."""
 
+import json
 import math
 import re
 
@@ -143,6 +144,26 @@ def test_target_and_gold_stand_on_top_and_others_are_left_out(run, tmp_path):
         str(tmp_path / "loose" / "scores.json"),
         str(tmp_path / "other"),
     ]
+
+
+@pytest.mark.parametrize(
+    "details",
+    [{}, {"suite": {"name": "tofu"}, "model": {}}, {"suite": [], "model": {}}, {"model": {}}],
+)
+def test_scores_that_do_not_say_how_they_were_made_are_left_out(run, tmp_path, details):
+    run("a", {"UFE": 0.5})
+    old = run("old", {"UFE": 0.5}) / "evaluation" / "scores.json"
+    old.write_text(json.dumps({"scores": {}, **details}))
+    runs, unread = find_runs([tmp_path])
+    assert [one.folder.name for one in runs] == ["a"]
+    assert unread == [f"{old} is left out: it does not say which suite and model made it."]
+
+
+def test_scores_that_are_none_are_refused_by_name(run, tmp_path):
+    broken = run("a", {"UFE": 0.5}) / "evaluation" / "scores.json"
+    broken.write_text("{")
+    with pytest.raises(UserError, match="does not hold the scores of an evaluation"):
+        find_runs([tmp_path])
 
 
 INCOMPARABLE = {

@@ -1,6 +1,5 @@
 """`unlearn export` and `unlearn import`: folders in, folders out."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from unlearn_llm.evaluation.records import (
     write_json_lines,
 )
 from unlearn_llm.evaluation.report import read_details
-from unlearn_llm.exchange import open_unlearning
+from unlearn_llm.exchange.losses import with_likelihoods
 from unlearn_llm.exchange.model_index import model_index
 from unlearn_llm.exchange.tofu_csv import tofu_csv
 from unlearn_llm.leaderboard.runs import EVALUATION, RECIPE, scheme
@@ -48,11 +47,12 @@ def export_folder(
     if style == "model-index":
         path = str((recipe.get("model") or {}).get("path") or "")
         return model_index(details, name, base_model=path if _is_hub_id(path) else None)
-    records = read_records(place)
+    records = with_likelihoods(read_records(place))
     compared = _reference(reference or details.get("reference"))
     if style == "tofu-csv":
-        said = {"method": name, "submitted_by": submitted_by, "epoch": _epoch(folder)}
-        return tofu_csv(records, compared, **said)
+        return tofu_csv(records, compared, method=name, submitted_by=submitted_by)
+    from unlearn_llm.exchange import open_unlearning  # imports transformers
+
     return as_json(open_unlearning.from_records(records, compared), indent=4) + "\n"
 
 
@@ -70,6 +70,8 @@ def import_file(
     _check(style, IMPORTS)
     if (output / SCORES).is_file() and not overwrite:
         raise UserError(f"{output} holds an evaluation. Give --overwrite, or another --output.")
+    from unlearn_llm.exchange import open_unlearning
+
     log = open_unlearning.read_log(file)
     records = open_unlearning.to_records(log)
     details = open_unlearning.details_of(log, file, records, _reference(reference))
@@ -91,8 +93,10 @@ def _reference(path: str | Path | None) -> list[Record] | None:
         return None
     path = Path(path).expanduser()
     if path.suffix == ".json":
+        from unlearn_llm.exchange import open_unlearning
+
         return open_unlearning.to_records(open_unlearning.read_log(path))
-    return read_records(path)
+    return with_likelihoods(read_records(path))
 
 
 def _name(recipe: Mapping[str, Any], details: Mapping[str, Any], folder: Path) -> str:
@@ -100,15 +104,6 @@ def _name(recipe: Mapping[str, Any], details: Mapping[str, Any], folder: Path) -
     if recipe.get("kind", "finetune") == "unlearn" and train:
         return f"{train.get('objective')} {scheme(train)}"
     return str(details.get("model", {}).get("name") or folder.name)
-
-
-def _epoch(folder: Path) -> str:
-    """Say how many epochs of the forget set were trained, if the run left word."""
-    try:
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        return f"{float(state['epoch']):g}"
-    except (OSError, ValueError, TypeError, KeyError):
-        return ""
 
 
 def _is_hub_id(path: str) -> bool:

@@ -1,11 +1,12 @@
 """Metrics of likelihood from the losses of a row, as records and other projects' logs have them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from unlearn_llm.evaluation.metrics import METRICS
+from unlearn_llm.evaluation.records import Record
 from unlearn_llm.evaluation.requests import LogProbResult, Row, Sample
 
 OF_ONE_ANSWER = ("probability", "mia_loss")
@@ -53,6 +54,14 @@ class Losses:
         names += AGAINST_WRONG if self.perturbed else ()
         found = {name: METRICS[name].compute([row])[0] for name in names}
         return {name: value for name, value in found.items() if value is not None}
+
+
+def with_likelihoods(records: Iterable[Record]) -> list[Record]:
+    """Give records every metric of likelihood that their losses give; what they have stays."""
+    return [
+        {**record, "metrics": Losses.of_record(record).metrics() | record["metrics"]}
+        for record in records
+    ]
 
 
 def finite(value: Any) -> float | None:

@@ -1,8 +1,8 @@
 """One row for TOFU's leaderboard, in its columns.
 
 Source: locuslab/tofu@bdc209e aggregate_eval_stat.py (the numbers); the columns and their order are
-    those of the Space locuslab/tofu_leaderboard. Differs: nothing is filled in; a score that was
-    not measured is refused.
+    those of the Space locuslab/tofu_leaderboard. Differs: a score that was not measured is
+    refused. Epoch stays empty: an alternating run has none that compares.
 """
 
 import csv
@@ -37,14 +37,12 @@ def tofu_csv(
     *,
     method: str,
     submitted_by: str = "",
-    epoch: str = "",
 ) -> str:
     """Write the header and one row.
 
     Args:
         records: Of the suite tofu.
         reference: Of the retain model, for forget quality.
-        epoch: How many were trained; empty: not said.
 
     Raises:
         UserError: a score cannot be made of these records.
@@ -60,7 +58,7 @@ def tofu_csv(
     for name, score in scores.items():
         if score.value is None:
             raise UserError(f"TOFU's leaderboard needs {name}: not measured, {score.note}.")
-    said = {"Method": method, "Submitted By": submitted_by, "Epoch": epoch}
+    said = {"Method": method, "Submitted By": submitted_by, "Epoch": ""}
     row = {name: no_formula(text) for name, text in said.items()}
     file = io.StringIO()
     writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

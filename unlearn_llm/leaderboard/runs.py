@@ -186,10 +186,22 @@ def _read(scores: Path) -> FinishedRun | str:
     if scores.parent.name != EVALUATION:
         return f"{scores} is left out: no {RECIPE} says how the model was made."
     details = read_details(scores)
-    if not {"suite", "model"} <= details.keys():
+    if not _is_whole(details):
         return f"{scores} is left out: it does not say which suite and model made it."
     file = folder / RECIPE
     return FinishedRun(folder, read_document(file) if file.is_file() else {}, details)
+
+
+def _is_whole(details: Mapping[str, Any]) -> bool:
+    """Does scores.json hold what a table reads? Older ones, and other people's, may not."""
+    suite, model = details.get("suite"), details.get("model")
+    scores = details["scores"].values()
+    return (
+        isinstance(suite, Mapping)
+        and {"name", "split"} <= suite.keys()
+        and isinstance(model, Mapping)
+        and all(isinstance(score, Mapping) and "value" in score for score in scores)
+    )
 
 
 def _selection(text: str) -> tuple[str, Any]:

@@ -146,6 +146,15 @@ def test_target_and_gold_stand_on_top_and_others_are_left_out(run, tmp_path):
     ]
 
 
+def test_a_target_measured_by_another_suite_is_left_out(run, tmp_path):
+    target = run("target", {"mia_loss": 0.9}, kind="finetune", suite={"name": "privacy"})
+    run("a", {"UFE": 0.7}, path=str(target))
+    runs, _ = find_runs([tmp_path])
+    (board,), left_out = make_boards(runs)
+    assert list(lines_of(board)) == ["idk+gd alternate"]
+    assert left_out == [f"{target} is left out: no run began with it or is compared with it."]
+
+
 @pytest.mark.parametrize(
     "details",
     [{}, {"suite": {"name": "tofu"}, "model": {}}, {"suite": [], "model": {}}, {"model": {}}],
@@ -175,6 +184,14 @@ INCOMPARABLE = {
     "suite.probes.forget.source": (
         {"suite": {"probes": {"forget": {"source": "mine.jsonl", "columns": {}}}}},
         "mine.jsonl",
+    ),
+    "suite.probes.forget.columns": (
+        {
+            "suite": {
+                "probes": {"forget": {**SUITE["probes"]["forget"], "columns": {"answer": "a"}}}
+            }
+        },
+        '{"answer": "a"}',
     ),
     "suite.scores.UFE": (
         {"suite": {"scores": {"UFE": {"aggregate": "ufe", "options": {"rouge": "rouge1"}}}}},
@@ -228,6 +245,8 @@ def test_a_run_that_stands_there_twice_is_refused(run, tmp_path):
 def test_older_suites_with_fewer_scores_are_not_refused(run, tmp_path):
     run("a", {"UFE": 0.5, "MU18": 0.6})
     newer = {"scores": {**SUITE["scores"], "new": {"aggregate": "mean"}}, "new_field": 1}
+    probe = {**SUITE["probes"]["forget"], "columns": {"reference": None, "group": "author"}}
+    newer |= {"probes": {"forget": probe}, "intervals": {"by": "author"}}
     run("b", {"UFE": 0.5, "MU18": 0.7}, suite=newer, schedule="joint")
     assert len(lines_of(boards_of(tmp_path)[0])) == 2
 

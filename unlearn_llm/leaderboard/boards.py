@@ -203,7 +203,7 @@ def _baselines(
     found = {}
     references = {str(run.details["reference"]) for run in members if run.details.get("reference")}
     for run in runs:
-        if run.unlearned:
+        if run.unlearned or run.suite["name"] != members[0].suite["name"]:
             continue
         if any(run.is_folder(other.model_path) for other in members if other.model_path):
             found["initial"] = run

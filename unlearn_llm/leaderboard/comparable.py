@@ -10,11 +10,13 @@ from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.report import P_VALUES
 from unlearn_llm.leaderboard.runs import FinishedRun
 
-FREE_IN_SUITE = {"split", "folder", "reference", "objective_kind"}
-"""What may differ in a table: splits are columns, the next two are paths, kinds are blocks."""
-OF_PROBE = ("source", "columns", "limit")
+FREE_IN_SUITE = {"split", "folder", "reference", "objective_kind", "intervals"}
+"""What may differ in a table: splits are columns, the next two are paths, kinds are blocks, and
+intervals leave the scores as they are."""
+NO_MEASURE = {"group"}
+"""Columns of a probe that say whose a row is, and change no score."""
 OF_MODEL = ("type", "dtype", "template", "max_length")
-AGAINST_REFERENCE = {"forget_quality", "ks_statistic", "privleak"}
+AGAINST_REFERENCE = {"forget_quality", "ks_statistic", "privleak", "mia_reference_auc"}
 """Aggregates that compare with a gold model's records."""
 SHOWN_RUNS = 2
 SHOWN_CHARACTERS = 80
@@ -82,7 +84,13 @@ def _measured_how(run: FinishedRun) -> dict[str, Any]:
         if key not in FREE_IN_SUITE | {"probes", "scores"}
     }
     for name, probe in suite.get("probes", {}).items():
-        found |= {f"suite.probes.{name}.{key}": probe.get(key) for key in OF_PROBE}
+        columns = probe.get("columns") or {}
+        read = {k: v for k, v in columns.items() if v is not None and k not in NO_MEASURE}
+        found |= {
+            f"suite.probes.{name}.source": probe.get("source"),
+            f"suite.probes.{name}.limit": probe.get("limit"),
+            f"suite.probes.{name}.columns": read,
+        }
     found |= {f"suite.scores.{name}": score for name, score in suite.get("scores", {}).items()}
     return found | {f"model.{key}": run.details["model"].get(key) for key in OF_MODEL}
 

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--target", type=Path, required=True, help="the model to unlearn from")
     parser.add_argument("--output", type=Path, default=Path("outputs/eight-bit"))
     parser.add_argument("--objective", default="me+gd")
-    parser.add_argument("--bound", type=float, default=10.0)
+    parser.add_argument("--bound", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--json", action="store_true", help="print JSON only")

@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from interleaved import interleaved, medians, ratios
 from torch import Tensor, nn
 
 import unlearn_llm.losses  # noqa: F401  registers the names
@@ -31,9 +31,10 @@ from unlearn_llm.scoring import Head, distributions
 from unlearn_llm.types import Scored
 
 SEQUENCES = 8
-NAMES = ("gd", "npo", "simnpo", "dpo", "ap", "me", "kl")
+NAMES = ("gd", "npo", "simnpo", "dpo", "ap", "me", "kl", "undial", "ceu", "pdu")
 TITLES = {"gd": "ga, gd, idk"}  # one computation: cross entropy
-TARGETS = {"npo": (1.2, 0.1), "kl": (1.3, 0.2)}  # most time and memory of naive; others 1.1, 0.1
+# Most time and memory of naive; others 1.1, 0.1.
+TARGETS = {"npo": (1.2, 0.1), "kl": (1.3, 0.2), "undial": (1.3, 0.2)}
 
 
 class Problem:
@@ -172,6 +173,26 @@ def naive_kl(problem: Problem) -> Tensor:
     return F.kl_div(policy, reference, reduction="batchmean", log_target=True)
 
 
+def naive_undial(problem: Problem, beta: float = 10.0) -> Tensor:
+    answers = problem.targets["original"].view(-1, 1)
+    with torch.no_grad():
+        reference = problem.head(problem.reference_hidden["original"])
+        lower = torch.full_like(answers, -beta, dtype=reference.dtype)
+        soft_labels = torch.softmax(reference.scatter_add_(1, answers, lower), dim=-1)
+    return F.cross_entropy(problem.logits(), soft_labels)
+
+
+def naive_ceu(problem: Problem) -> Tensor:
+    logits, answers = problem.logits(), problem.targets["original"].view(-1, 1)
+    modified = logits.detach().clone().scatter_(1, answers, -torch.inf)
+    return F.cross_entropy(logits, torch.softmax(modified, dim=-1))
+
+
+def naive_pdu(problem: Problem) -> Tensor:
+    logits = problem.logits()
+    return (logits.max(dim=-1).values - logits.mean(dim=-1)).square().mean()
+
+
 NAIVE: dict[str, Callable[[Problem], Tensor]] = {
     "gd": naive_cross_entropy,
     "npo": naive_npo,
@@ -180,6 +201,9 @@ NAIVE: dict[str, Callable[[Problem], Tensor]] = {
     "ap": naive_ap,
     "me": naive_me,
     "kl": naive_kl,
+    "undial": naive_undial,
+    "ceu": naive_ceu,
+    "pdu": naive_pdu,
 }
 
 
@@ -215,21 +239,13 @@ def _problem(name: str, given: argparse.Namespace) -> Problem:
 
 def _times(problem: Problem, rounds: int) -> dict[str, Any]:
     """Seconds by variant, their ratio by round, and how far the gradients are apart."""
-    seconds: dict[str, list[float]] = {"naive": [], "ours": []}
-    for variant in seconds:
-        _run(problem, variant)  # warm-up
-    for number in range(rounds):
-        for variant in sorted(seconds, reverse=number % 2 == 0):
-            seconds[variant].append(_run(problem, variant))
-            problem.gradients()
-    ratios = [ours / naive for naive, ours in zip(*seconds.values(), strict=True)]
+    variants = {variant: partial(_run, problem, variant) for variant in ("naive", "ours")}
+    for run in variants.values():
+        run()  # warm-up
+    seconds = interleaved(variants, rounds)
     return {
-        "seconds": {variant: statistics.median(values) for variant, values in seconds.items()},
-        "time_ratio": {
-            "median": statistics.median(ratios),
-            "min": min(ratios),
-            "max": max(ratios),
-        },
+        "seconds": medians(seconds),
+        "time_ratio": ratios(seconds["ours"], seconds["naive"]),
         "gradient_error": _gradient_errors(problem),
     }
 

@@ -15,12 +15,14 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from interleaved import interleaved, medians, ratios
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -200,25 +202,22 @@ def _measure(step: Step) -> dict[str, Any]:
         "ours": lambda: step.ours(sorted_rows),
     }
     gradients = {name: _gradient(step.model, run) for name, run in variants.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(step.given.rounds):
-        for name in sorted(variants, reverse=number % 2 == 0):
-            started = time.process_time()
-            variants[name]()
-            seconds[name].append(time.process_time() - started)
-            step.model.zero_grad()
-    speedups = [old / new for old, new in zip(seconds["released"], seconds["ours"], strict=True)]
+    timed = {name: partial(_seconds, step.model, run) for name, run in variants.items()}
+    seconds = interleaved(timed, step.given.rounds)
     difference = gradients["ours"] - gradients["released"]
     return {
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "speedup": {
-            "median": statistics.median(speedups),
-            "min": min(speedups),
-            "max": max(speedups),
-        },
+        "seconds": medians(seconds),
+        "speedup": ratios(seconds["released"], seconds["ours"]),
         "gradient_difference": float(difference.norm() / gradients["released"].norm()),
         "tokens_per_useful_token": _tokens(step),
     }
+
+
+def _seconds(model: nn.Module, run: Callable[[], None]) -> float:
+    model.zero_grad()
+    started = time.process_time()
+    run()
+    return time.process_time() - started
 
 
 def _gradient(model: nn.Module, run: Callable[[], None]) -> Tensor:

@@ -14,6 +14,12 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SIZES = {"vocabulary": 300, "tokens": 32, "hidden": 8}
 
 
+@pytest.fixture(autouse=True)
+def as_scripts(monkeypatch):
+    """They import what lies beside them."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
 def load(name):
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -48,7 +54,10 @@ def test_the_losses_have_the_gradients_of_their_naive_forms():
 def test_the_benchmark_of_losses_says_time_memory_and_gradients(monkeypatch, capsys):
     result = printed("losses", monkeypatch, capsys, *options({**SIZES, "rounds": 2}))
     assert {key: result[key] for key in SIZES} == SIZES
-    assert set(result["losses"]) == {"gd", "npo", "simnpo", "dpo", "ap", "me", "kl"}
+    assert set(result["losses"]) == {
+        *("gd", "npo", "simnpo", "dpo", "ap", "me", "kl"),
+        *("undial", "ceu", "pdu"),
+    }
     for row in result["losses"].values():
         assert row["gradient_error"]["ours"] <= 1e-5
         assert row["time_ratio"]["min"] <= row["time_ratio"]["median"] <= row["time_ratio"]["max"]

@@ -19,7 +19,7 @@ MAX_LINES = 400
 # Who may import whom: a module imports from lower floors or from its own. The lower a module
 # stands, the less it needs: losses and optimisers run in anybody's loop without transformers.
 FLOORS: dict[int, tuple[str, ...]] = {
-    0: ("types", "registry", "resources", "errors"),
+    0: ("types", "registry", "resources", "errors", "safe_text"),
     1: (
         "schedule", "objective", "plan",
         "losses", "losses/answers", "losses/distributions", "losses/forget", "losses/hidden",
@@ -28,7 +28,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "optim/storage", "optim/task", "optim/triton_codec", "optim/triton_step", "optim/update",
         "combine", "combine/base", "combine/gradients", "combine/ngdiff", "combine/ofmu",
         "combine/vectors", "combine/weights",
-        "vocabulary", "synthetic", "synthetic_words", "yaml_text",
+        "vocabulary", "vocabulary_chunks", "synthetic", "synthetic_words", "yaml_text",
         "evaluation", "evaluation/requests", "evaluation/metrics", "evaluation/text_metrics",
         "evaluation/attacks", "evaluation/likelihoods", "evaluation/membership", "evaluation/roc",
         "evaluation/texts", "evaluation/aggregates", "evaluation/columns", "evaluation/scores",
@@ -49,7 +49,11 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     4: (
         "recipe", "recipe_check", "recipe_files", "published", "pipeline", "evaluating",
-        "comparing", "cli", "demo", "__init__", "__main__", "evaluation/report",
+        "comparing", "cli", "cli_reports", "demo", "__init__", "__main__", "evaluation/report",
+        "exchange", "exchange/commands", "exchange/losses", "exchange/model_index",
+        "exchange/open_unlearning", "exchange/tofu_csv",
+        "leaderboard", "leaderboard/boards", "leaderboard/cells", "leaderboard/comparable",
+        "leaderboard/formats", "leaderboard/methods", "leaderboard/published", "leaderboard/runs",
     ),
 }  # fmt: skip
 LIBRARIES: dict[int, tuple[str, ...]] = {  # what a floor may use beyond the floors below it
@@ -60,7 +64,7 @@ LIBRARIES: dict[int, tuple[str, ...]] = {  # what a floor may use beyond the flo
         "safetensors", "sentence_transformers",
     ),
     3: ("pydantic",),
-    4: ("typer", "rich"),
+    4: ("typer", "rich", "huggingface_hub"),
 }  # fmt: skip
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 

@@ -8,7 +8,7 @@ from tensor_watch import CountProducts, MadeLike
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from unlearn_llm import scoring, vocabulary
+from unlearn_llm import scoring, vocabulary_chunks
 from unlearn_llm.dataset import Collator, EncodedRows
 from unlearn_llm.encode import Encoder
 from unlearn_llm.losses.retain import kl
@@ -43,7 +43,7 @@ def sequences():
 @pytest.fixture
 def small_chunks(monkeypatch):
     # Three positions at a time, or of all positions some columns.
-    for module in (scoring, vocabulary):
+    for module in (scoring, vocabulary_chunks):
         monkeypatch.setattr(module, "CHUNK_BYTES", 3 * 4 * VOCABULARY)
 
 
@@ -112,7 +112,7 @@ def test_the_size_of_chunks_changes_nothing(sequences, monkeypatch):
     model = tiny_model("phi")
     found = []
     for rows in (1, 7, 10_000):
-        for module in (scoring, vocabulary):
+        for module in (scoring, vocabulary_chunks):
             monkeypatch.setattr(module, "CHUNK_BYTES", rows * 4 * VOCABULARY)
         found.append(score(model, sequences)["original"].logp)
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-5)

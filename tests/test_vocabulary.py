@@ -4,8 +4,14 @@ import pytest
 import torch
 from tensor_watch import Largest
 
-from unlearn_llm import vocabulary
-from unlearn_llm.vocabulary import Logits, kl_divergence, logit_statistics
+from unlearn_llm import vocabulary_chunks
+from unlearn_llm.vocabulary import (
+    cross_entropy,
+    kl_divergence,
+    logit_margin,
+    logit_statistics,
+)
+from unlearn_llm.vocabulary_chunks import Logits, Lowered
 
 N, HIDDEN, VOCABULARY = 7, 5, 101  # a prime: no chunk divides it
 ONE_CHUNK = 10**9
@@ -14,13 +20,13 @@ ONE_CHUNK = 10**9
 @pytest.fixture(params=[1, 13, 100, ONE_CHUNK], ids="{} columns".format)
 def columns(request, monkeypatch):
     """Columns of a chunk, where N positions are scored (half as many for KL)."""
-    monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 4 * N * request.param)
+    monkeypatch.setattr(vocabulary_chunks, "CHUNK_BYTES", 4 * N * request.param)
     return request.param
 
 
 @pytest.fixture
 def thirteen_columns(monkeypatch):
-    monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 4 * N * 13)
+    monkeypatch.setattr(vocabulary_chunks, "CHUNK_BYTES", 4 * N * 13)
 
 
 def make(seed=0, *, n=N, bias=True, dtype=torch.float32, scale=1.0):
@@ -57,12 +63,29 @@ def full(logits):
 
 def slow_statistics(logits, targets):
     z = full(logits)
-    return z[range(len(z)), targets], z.logsumexp(-1), z.mean(-1)
+    others = z.scatter(1, targets[:, None], -torch.inf).logsumexp(-1)
+    return z[range(len(z)), targets], others, z.logsumexp(-1), z.mean(-1)
 
 
 def slow_kl(reference, policy):
     p, q = full(policy).softmax(-1), full(reference).detach().softmax(-1)
     return (q * (q / p).log()).sum(-1)
+
+
+def slow_margin(logits):
+    z = full(logits)
+    return z.max(-1).values - z.mean(-1)
+
+
+def slow_cross_entropy(reference, policy, lowered):
+    return cross_entropy_of(full(reference).detach(), full(policy), lowered)
+
+
+def cross_entropy_of(reference_z, z, lowered):
+    lower = torch.zeros_like(z)
+    lower[range(len(z)), lowered.tokens] = lowered.by
+    q = (reference_z - lower).softmax(-1)
+    return -(q * z.log_softmax(-1)).sum(-1)
 
 
 def weighted(values, seed=3):
@@ -115,6 +138,61 @@ def test_kl_and_its_gradients_are_those_of_full_logits(columns, n, bias):
     )
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("n", [0, 1, N])
+def test_margins_and_their_gradients_are_those_of_full_logits(columns, n, bias):
+    logits = make(n=n, bias=bias)
+    twin = in_float64(logits)
+    assert_like_twin(
+        [logit_margin(logits)], [slow_margin(twin)], leaves(logits), leaves(twin), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("by", [1.5, 10.0, torch.inf])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("n", [0, 1, N])
+def test_cross_entropy_and_its_gradients_are_those_of_full_logits(columns, n, bias, by):
+    policy, reference = make(1, n=n, bias=bias), make(2, n=n, bias=not bias)
+    twin, lowered = in_float64(policy), Lowered(some_targets(n), by)
+    assert_like_twin(
+        [cross_entropy(reference, policy, lowered)],
+        [slow_cross_entropy(in_float64(reference), twin, lowered)],
+        leaves(policy),
+        leaves(twin),
+        rtol=2e-6,  # differences of two softmaxes
+    )
+
+
+def test_margins_of_words_that_are_the_largest_for_many_add_up_in_float32():
+    # 2000 positions with one largest word: in bfloat16 a sum stops growing at 256.
+    hidden = torch.ones(2000, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(5, 1, dtype=torch.bfloat16)
+    weight[3] = 1
+    logit_margin(Logits(hidden, weight.requires_grad_(), None)).sum().backward()
+    expected = torch.tensor([-400.0, -400, -400, 1600, -400])
+    torch.testing.assert_close(weight.grad[:, 0].float(), expected, rtol=2**-8, atol=0)
+
+
+def test_of_equally_large_logits_the_first_gets_the_margins_gradient(columns):
+    weight = torch.zeros(VOCABULARY, 1)
+    weight[[20, 60, 90]] = 2.0  # in one chunk or in three
+    weight.requires_grad_()
+    logit_margin(Logits(torch.ones(N, 1), weight, None)).sum().backward()
+    expected = torch.full((VOCABULARY, 1), -N / VOCABULARY)
+    expected[20] += N
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_what_is_left_of_a_certain_reference_is_exact():
+    # q = 1 - 1e-9, and 0.9999 after lowering by 11.5: taken from q itself, 1 - q would be 0.
+    z = torch.tensor([[20.7, 0.0, -1.0]])
+    reference, policy = (Logits(torch.ones(1, 1), column.T, None) for column in (z, z / 40))
+    lowered = Lowered(torch.tensor([0]), 11.5)
+    expected = cross_entropy_of(z.double(), z.double() / 40, lowered)
+    found = cross_entropy(reference, policy, lowered)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
 def test_statistics_have_the_gradients_of_finite_differences(thirteen_columns):
     logits, targets = make(dtype=torch.float64), some_targets()
 
@@ -133,6 +211,22 @@ def test_kl_has_the_gradients_of_finite_differences(thirteen_columns):
     assert torch.autograd.gradcheck(value, tuple(policy))
 
 
+def test_margins_have_the_gradients_of_finite_differences(thirteen_columns):
+    def value(*tensors):
+        return logit_margin(Logits(*tensors))
+
+    assert torch.autograd.gradcheck(value, tuple(make(dtype=torch.float64)))
+
+
+def test_cross_entropy_has_the_gradients_of_finite_differences(thirteen_columns):
+    policy, reference = make(1, dtype=torch.float64), make(2, dtype=torch.float64)
+
+    def value(*tensors):
+        return cross_entropy(reference, Logits(*tensors), Lowered(some_targets(), 1.5))
+
+    assert torch.autograd.gradcheck(value, tuple(policy), fast_mode=True)
+
+
 @pytest.mark.parametrize("extreme", [1e4, -1e4])
 def test_extreme_logits_stay_finite_and_right(columns, extreme):
     # Logits of 10,000: exp overflows. One position has a single such logit, one has all of them.
@@ -147,11 +241,17 @@ def test_extreme_logits_stay_finite_and_right(columns, extreme):
     ours, theirs = logit_statistics(logits, targets), slow_statistics(twin, targets)
     # float32 at 10,000 has steps of 1e-3: of the logits, and so of e to their power.
     assert_like_twin(ours, theirs, leaves(logits), leaves(twin), rtol=2e-3)
+    ours, theirs = [logit_margin(logits)], [slow_margin(twin)]
+    assert_like_twin(ours, theirs, leaves(logits), leaves(twin), rtol=1e-5)
     reference = make(5, scale=0.1)
     for pair in ((reference, logits), (logits, reference)):
         expected = slow_kl_by_logs(*(in_float64(one) for one in pair))
         # Sums over the vocabulary of numbers of 10,000 cancel: some of those steps add up.
         torch.testing.assert_close(kl_divergence(*pair).double(), expected, rtol=1e-5, atol=2e-2)
+        lowered = Lowered(targets, 10.0)
+        expected = slow_cross_entropy(*(in_float64(one) for one in pair), lowered).detach()
+        found = cross_entropy(*pair, lowered).double()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-2)
 
 
 def slow_kl_by_logs(reference, policy):
@@ -170,8 +270,18 @@ def test_kl_of_a_model_from_itself_is_zero_with_no_gradient(columns):
 
 def test_no_gradient_reaches_the_reference(thirteen_columns):
     policy, reference = make(1), make(2)
-    kl_divergence(reference, policy).sum().backward()
+    weighted(divergences(reference, policy)).backward()
     assert all(tensor.grad is None for tensor in reference)
+
+
+def divergences(reference, policy):
+    lowered = Lowered(some_targets(len(policy.hidden)), 10.0)
+    return kl_divergence(reference, policy), cross_entropy(reference, policy, lowered)
+
+
+def everything(reference, policy):
+    statistics = logit_statistics(policy, some_targets(len(policy.hidden)))
+    return *statistics, logit_margin(policy), *divergences(reference, policy)
 
 
 # What needs no gradient gets none.
@@ -182,8 +292,7 @@ def test_a_frozen_part_gets_no_gradient_and_the_others_keep_theirs(columns, froz
     whole, part, reference = make(), make(), make(2)
     part[frozen].requires_grad_(False)
     for logits in (whole, part):
-        statistics = logit_statistics(logits, some_targets())
-        (weighted(statistics) + weighted([kl_divergence(reference, logits)])).backward()
+        weighted(everything(reference, logits)).backward()
     for n, (ours, theirs) in enumerate(zip(part, whole, strict=True)):
         if n == frozen:
             assert ours.grad is None
@@ -195,22 +304,22 @@ def test_a_frozen_head_costs_no_tensor_of_its_size(thirteen_columns):
     logits = make(n=2)
     logits.weight.requires_grad_(False)
     logits.bias.requires_grad_(False)
-    with Largest(logits) as largest:
-        logit_statistics(logits, some_targets(2)).logsumexp.sum().backward()
+    reference = make(2, n=2)
+    with Largest([*logits, *reference]) as largest:
+        weighted(everything(reference, logits)).backward()
     assert largest.made < logits.weight.numel()
 
 
 def test_nothing_is_kept_where_no_gradient_is_asked_for():
     logits = make()
     with torch.no_grad():
-        statistics = logit_statistics(logits, some_targets())
-        divergence = kl_divergence(make(2), logits)
-    assert not any(tensor.requires_grad for tensor in (*statistics, divergence))
+        values = everything(make(2), logits)
+    assert not any(tensor.requires_grad for tensor in values)
 
 
 def test_the_backward_pass_can_be_run_twice(columns):
     logits = make()
-    loss = weighted(logit_statistics(logits, some_targets())) + kl_divergence(make(2), logits).sum()
+    loss = weighted(everything(make(2), logits))
     first = torch.autograd.grad(loss, leaves(logits), retain_graph=True)
     second = torch.autograd.grad(loss, leaves(logits))
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
@@ -236,8 +345,7 @@ def test_no_tensor_of_positions_by_vocabulary_is_ever_alive(thirteen_columns, dt
     weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=dtype).requires_grad_()
     logits = Logits(hidden, weight, None)
     with Largest([hidden, weight]) as largest:
-        statistics = logit_statistics(logits, some_targets(300))
-        (weighted(statistics) + kl_divergence(logits, logits).sum()).backward()
+        weighted(everything(logits, logits)).backward()
     assert largest.made <= max(hidden.numel(), weight.numel()) < 300 * VOCABULARY / 10
 
 
@@ -251,18 +359,23 @@ def test_half_precision_logits_are_summed_in_float32(columns, how):
     dtype = torch.bfloat16 if how == "bfloat16 tensors" else torch.float32
     policy, reference, targets = make(1, dtype=dtype), make(2, dtype=dtype), some_targets()
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        ours = logit_statistics(policy, targets)
-        divergence = kl_divergence(reference, policy)
+        ours = everything(reference, policy)
         z, reference_z = (
             torch.nn.functional.linear(*logits).double() for logits in (policy, reference)
         )
-    assert all(tensor.dtype == torch.float32 for tensor in (*ours, divergence))
+    assert all(tensor.dtype == torch.float32 for tensor in ours)
     p, q = z.softmax(-1), reference_z.softmax(-1)
-    expected = (z[range(N), targets], z.logsumexp(-1), z.mean(-1), (q * (q / p).log()).sum(-1))
-    for value, expected_value in zip((*ours, divergence), expected, strict=True):
+    others = z.scatter(1, targets[:, None], -torch.inf).logsumexp(-1)
+    expected = (
+        *(z[range(N), targets], others, z.logsumexp(-1), z.mean(-1)),
+        z.max(-1).values - z.mean(-1),
+        (q * (q / p).log()).sum(-1),
+        cross_entropy_of(reference_z.detach(), z, Lowered(targets, 10.0)),
+    )
+    for value, expected_value in zip(ours, expected, strict=True):
         torch.testing.assert_close(value.double(), expected_value, rtol=1e-5, atol=1e-5)
     # Outside autocast, as the Trainer calls it. Gradients of logits are rounded to 8 bits too.
-    grads = torch.autograd.grad(weighted((*ours, divergence)), leaves(policy))
+    grads = torch.autograd.grad(weighted(ours), leaves(policy))
     expected_grads = torch.autograd.grad(weighted(expected), leaves(policy))
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         scale = float(expected_grad.abs().max())
@@ -277,7 +390,8 @@ def test_a_well_learned_token_keeps_its_gradient_in_bfloat16():
         torch.tensor([[9.25], [0.0]], dtype=torch.bfloat16, requires_grad=True),
         None,
     )
-    target, logsumexp, _ = logit_statistics(logits, torch.tensor([0]))
-    (grad,) = torch.autograd.grad(logsumexp - target, [logits.weight], torch.ones(1))
+    found = logit_statistics(logits, torch.tensor([0]))
+    nll = found.logsumexp - found.target
+    (grad,) = torch.autograd.grad(nll, [logits.weight], torch.ones(1))
     expected = -1 / (1 + torch.tensor(9.25).exp())
     torch.testing.assert_close(grad[0, 0].float(), expected, rtol=1e-2, atol=0)

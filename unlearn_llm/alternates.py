@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from unlearn_llm.dataset import Collator
 from unlearn_llm.encode import Encoder
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.batching import Item, batches, evaluating, halving
-from unlearn_llm.evaluation.generator import stop_ids
+from unlearn_llm.evaluation.generator import greedy_config, stop_ids
 from unlearn_llm.evaluation.records import write_whole
 from unlearn_llm.rows import ALTERNATE_COLUMN, QA
 from unlearn_llm.scoring import unwrapped
@@ -110,18 +110,8 @@ class _Sampler:
         tokenizer = encoder.tokenizer
         pad_id = tokenizer.pad_token_id
         self.collator = Collator(int(tokenizer.eos_token_id if pad_id is None else pad_id))
-        self.settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,  # the noise below samples
-            num_beams=1,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=50,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            pad_token_id=self.collator.pad_id,
-            eos_token_id=sorted(self.stop),
-        )
+        # Greedy: it is the noise that samples.
+        self.settings = greedy_config(max_new_tokens, self.collator.pad_id, self.stop)
 
     def __call__(self, batch: Sequence[Item]) -> list[tuple[Draw, str]]:
         """Give the text that follows each prompt."""

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from unlearn_llm import recipe_files
+from unlearn_llm import cli_reports, recipe_files
 from unlearn_llm.errors import NonFiniteError, UserError
+from unlearn_llm.safe_text import printable
 
 if TYPE_CHECKING:
     from unlearn_llm.pipeline import Run
@@ -30,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(cli_reports.commands)
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file, or a name.")]
 Overrides = Annotated[
@@ -362,7 +364,7 @@ def _is_first_process() -> bool:
 
 def _fail(message: str, code: int) -> NoReturn:
     """Say what is wrong in one line, control characters escaped."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    line = printable(message)
     if "tqdm" in sys.modules:  # a bar may stand where the line has to go
         from tqdm import tqdm
 

@@ -60,8 +60,10 @@ def _embeddings(model: nn.Module) -> set[int]:
 def _keep_apart(optimizer: Optimizer, group: dict[str, Any], ids: set[int]) -> None:
     """Move parameters into a group of their own with float32 moments."""
     apart: list[Any] = [param for param in group["params"] if id(param) in ids]
-    if not apart or len(apart) == len(group["params"]):
-        group["state_bits"] = 32 if apart else group["state_bits"]
+    if not apart:
+        return
+    if len(apart) == len(group["params"]):
+        group["state_bits"] = 32
         return
     settings = {
         name: value for name, value in group.items() if name not in ("params", "param_names")

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from unlearn_llm.evaluation.scores import Score
-from unlearn_llm.recipe import Published
+
+if TYPE_CHECKING:  # a recipe imports transformers, and a table of published rows needs none
+    from unlearn_llm.recipe import Published
 
 OURS = {"UFE": "UFE", "TFE": "TFE", "MU": "MU18", "OVR": "OVR", "MC": "MU18", "FE": "UFE"}
 """Our name of a score that the papers name otherwise."""
@@ -27,7 +30,7 @@ class Compared:
     source: str
 
 
-def compare(published: Sequence[Published], scores: Mapping[str, Score]) -> list[Compared]:
+def compare(published: "Sequence[Published]", scores: Mapping[str, Score]) -> list[Compared]:
     """Put every published score beside ours. Scores made with proxies have other names: no match.
 
     Avg is the mean of MC and FE (DualOptim).

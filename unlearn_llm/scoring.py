@@ -2,14 +2,14 @@
 
 The output head is applied to the chosen positions only, in chunks, and each chunk is recomputed
 in the backward pass. So at most one chunk of (positions x vocabulary) is alive at a time. What the
-published losses read comes from chunks of the vocabulary, whole distributions from chunks of
-positions.
+published losses read comes from chunks of the vocabulary; whole distributions, for other losses,
+from chunks of positions.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,7 +21,14 @@ from torch.utils.checkpoint import checkpoint
 from unlearn_llm.hidden import captured, reach_every_weight
 from unlearn_llm.objective import Positions, scored_positions
 from unlearn_llm.types import Answer, Distribution, Scored, Sequences
-from unlearn_llm.vocabulary import Logits, LogitStatistics, kl_divergence, logit_statistics
+from unlearn_llm.vocabulary import (
+    LogitStatistics,
+    cross_entropy,
+    kl_divergence,
+    logit_margin,
+    logit_statistics,
+)
+from unlearn_llm.vocabulary_chunks import Logits, Lowered
 
 CHUNK_BYTES = 64 * 2**20
 """Size of one float32 chunk of (positions x vocabulary)."""
@@ -78,6 +85,13 @@ class ChunkedDistribution:
         statistics = self._joint.statistics
         return (statistics.target - statistics.logsumexp)[self._part]
 
+    def token_log_odds(self) -> Tensor:
+        """Compute log-odds of the targets; see types.Distribution."""
+        if self._joint.logits is None:
+            return self.map(_log_odds_of_target, self.targets)
+        statistics = self._joint.statistics
+        return (statistics.target - statistics.others)[self._part]
+
     def divergence_from_uniform(self) -> Tensor:
         """Compute KL(uniform || model); see types.Distribution."""
         if self._joint.logits is None:
@@ -86,14 +100,33 @@ class ChunkedDistribution:
         divergence = statistics.logsumexp - statistics.mean - math.log(self.vocabulary)
         return divergence[self._part]
 
+    def margin(self) -> Tensor:
+        """Compute the largest logit minus the mean; see types.Distribution."""
+        logits = self._linear_logits()
+        return self.map(_margin) if logits is None else logit_margin(logits)
+
     def kl_from(self, reference: Distribution) -> Tensor:
         """Compute KL(reference || model); see types.Distribution."""
-        ours = self._linear_logits()
-        theirs = reference._linear_logits() if isinstance(reference, ChunkedDistribution) else None
-        same_tokens = reference.vocabulary == self.vocabulary
-        if ours is None or theirs is None or theirs.hidden.requires_grad or not same_tokens:
+        both = self._linear_pair(reference)
+        if both is None or both[0].hidden.requires_grad:
             return self.map(_kl_divergence, reference)
-        return kl_divergence(theirs, ours)
+        return kl_divergence(*both)
+
+    def cross_entropy_from(self, reference: Distribution, *, lowered: float) -> Tensor:
+        """Compute -sum q log p, q the lowered reference; see types.Distribution."""
+        both = self._linear_pair(reference)
+        if both is None:
+            return self.map(partial(_cross_entropy, lowered), reference, self.targets)
+        return cross_entropy(*both, Lowered(self.targets, lowered))
+
+    def _linear_pair(self, reference: Distribution) -> tuple[Logits, Logits] | None:
+        """The reference's logits and ours; None where a head is not plain, or tokens differ."""
+        if not isinstance(reference, ChunkedDistribution):
+            return None
+        theirs, ours = reference._linear_logits(), self._linear_logits()
+        if theirs is None or ours is None or reference.vocabulary != self.vocabulary:
+            return None
+        return theirs, ours
 
     def _linear_logits(self) -> Logits | None:
         linear = self.head.linear
@@ -126,12 +159,30 @@ def _logp_of_target(logps: Tensor, targets: Tensor) -> Tensor:
     return logps.gather(-1, targets[:, None]).squeeze(-1)
 
 
+def _log_odds_of_target(logps: Tensor, targets: Tensor) -> Tensor:
+    others = logps.scatter(-1, targets[:, None], -torch.inf).logsumexp(-1)  # exact for p near 1
+    return _logp_of_target(logps, targets) - others
+
+
+def _margin(logps: Tensor) -> Tensor:
+    """The same of log-probabilities as of logits: they differ by a constant."""
+    return logps.max(-1).values - logps.mean(-1)
+
+
 def _divergence_from_uniform(logps: Tensor) -> Tensor:
     return -math.log(logps.shape[-1]) - logps.mean(-1)
 
 
 def _kl_divergence(logps: Tensor, reference_logps: Tensor) -> Tensor:
     return F.kl_div(logps, reference_logps, reduction="none", log_target=True).sum(-1)
+
+
+def _cross_entropy(
+    lowered: float, logps: Tensor, reference_logps: Tensor, targets: Tensor
+) -> Tensor:
+    by = torch.full_like(targets[:, None], -lowered, dtype=reference_logps.dtype)
+    constant = reference_logps.detach().scatter_add(1, targets[:, None], by).softmax(-1)
+    return -(constant * logps).sum(-1)
 
 
 def _slice(other: Distribution | Tensor, start: int, stop: int) -> Any:

@@ -53,12 +53,28 @@ class Distribution(Protocol):
         """(N,) log-probabilities in nats of the tokens that came next."""
         ...
 
+    def token_log_odds(self) -> Tensor:
+        """(N,) log(p / (1 - p)) in nats, p as in `token_logps`, after which it costs little."""
+        ...
+
     def divergence_from_uniform(self) -> Tensor:
         """(N,) KL(uniform || model) in nats. Costs little after `token_logps`."""
         ...
 
+    def margin(self) -> Tensor:
+        """(N,) largest logit minus the mean of all, in nats; of several largest, one is taken."""
+        ...
+
     def kl_from(self, reference: "Distribution") -> Tensor:
         """(N,) KL(reference || model) in nats; the reference over the same positions."""
+        ...
+
+    def cross_entropy_from(self, reference: "Distribution", *, lowered: float) -> Tensor:
+        """(N,) cross-entropy in nats under the reference over the same positions, a constant.
+
+        Args:
+            lowered: What is taken from the reference's logits of the tokens that came next.
+        """
         ...
 
 

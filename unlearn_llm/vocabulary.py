@@ -5,29 +5,23 @@ each chunk again and writes each row of the head's gradient once. So (positions 
 never in memory, unless it is one chunk, and nothing of the head's size is but that gradient.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 64 * 2**20
-"""Size of one float32 chunk of (positions x columns), so that the peak is the same for any number
-of positions. What is no larger is one chunk, and kept for the backward pass."""
-CPU_CHUNK_BYTES = 16 * 2**20
-"""On CPUs, where 8 to 16 MiB are 5% quicker than 64; GPUs would wait for the many small kernels."""
-
-
-class Logits(NamedTuple):
-    """Logits of N positions, not computed: what a linear head would make of hidden states."""
-
-    hidden: Tensor
-    """(N, H)."""
-    weight: Tensor
-    """(V, H)."""
-    bias: Tensor | None
-    """(V,)."""
+from unlearn_llm.vocabulary_chunks import (
+    Chunks,
+    Gradients,
+    Logits,
+    Lowered,
+    RunningLogsumexp,
+    columns_of,
+    lower,
+)
 
 
 class LogitStatistics(NamedTuple):
@@ -35,14 +29,17 @@ class LogitStatistics(NamedTuple):
 
     target: Tensor
     """The logit of the target token."""
+    others: Tensor
+    """logsumexp of all logits but the target's."""
     logsumexp: Tensor
     mean: Tensor
 
 
 def logit_statistics(logits: Logits, targets: Tensor) -> LogitStatistics:
-    """Compute what log-probabilities and the divergence from uniform are made of.
+    """Compute what log-probabilities, log-odds and the divergence from uniform are made of.
 
-    log p(target) is `target - logsumexp`, and KL(uniform || model) is `logsumexp - mean - log V`.
+    log p(target) is `target - logsumexp`, log p/(1-p) is `target - others`, and KL(uniform ||
+    model) is `logsumexp - mean - log V`.
 
     Args:
         targets: (N,) int64.
@@ -52,7 +49,21 @@ def logit_statistics(logits: Logits, targets: Tensor) -> LogitStatistics:
     """
     apply: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Statistics.apply
     dtype, keep = _dtype_of_head(logits), torch.is_grad_enabled()
-    return LogitStatistics(*apply(*logits, targets, dtype, keep))
+    target, others, mean = apply(*logits, targets, dtype, keep)
+    return LogitStatistics(target, others, torch.logaddexp(others, target), mean)
+
+
+def logit_margin(logits: Logits) -> Tensor:
+    """Compute how far each position's largest logit is above their mean, (N,).
+
+    Of several largest logits the first is taken, in the gradient too.
+
+    Source: PDU, arXiv:2506.05314, where it is squared.
+    Differs: the gradient comes from the head's rows at the largest and on average, so that the
+        backward pass computes no logits.
+    """
+    apply: Callable[..., Tensor] = _Margin.apply
+    return apply(*logits, _dtype_of_head(logits))
 
 
 def kl_divergence(reference: Logits, policy: Logits) -> Tensor:
@@ -61,10 +72,25 @@ def kl_divergence(reference: Logits, policy: Logits) -> Tensor:
     Source: sum q (log q - log p), which is E_q[z_q - z_p] - logsumexp z_q + logsumexp z_p.
     Differs: over chunks, computed again in the backward pass unless one chunk holds them all.
     """
+    return _diverge(reference, policy, None)
+
+
+def cross_entropy(reference: Logits, policy: Logits, lowered: Lowered) -> Tensor:
+    """Compute -sum q log p of each position, (N,). The reference is a constant.
+
+    q is the reference's softmax with one logit of each position lowered.
+
+    Source: UNDIAL, arXiv:2402.10052; it is logsumexp z_p - E_q[z_p].
+    Differs: over chunks, computed again in the backward pass unless one chunk holds them all.
+    """
+    return _diverge(reference, policy, lowered)
+
+
+def _diverge(reference: Logits, policy: Logits, lowered: Lowered | None) -> Tensor:
     constant = [None if tensor is None else tensor.detach() for tensor in reference]
     dtypes = _dtype_of_head(policy), _dtype_of_head(reference)
-    apply: Callable[..., Tensor] = _KLDivergence.apply
-    return apply(*policy, *constant, dtypes, torch.is_grad_enabled())
+    apply: Callable[..., Tensor] = _Divergence.apply
+    return apply(*policy, *constant, *(lowered or (None, None)), dtypes, torch.is_grad_enabled())
 
 
 def _dtype_of_head(logits: Logits) -> torch.dtype:
@@ -76,7 +102,7 @@ def _dtype_of_head(logits: Logits) -> torch.dtype:
 
 
 class _Statistics(torch.autograd.Function):
-    """Target logit, logsumexp and mean of N positions."""
+    """Target logit, logsumexp of the others and mean of N positions."""
 
     @staticmethod
     def forward(
@@ -88,41 +114,92 @@ class _Statistics(torch.autograd.Function):
         dtype: torch.dtype,
         keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        chunks = _Chunks(Logits(hidden, weight, bias), dtype)
-        running = _RunningLogsumexp(chunks)
-        chosen, total = chunks.zeros(), chunks.zeros()
+        chunks = Chunks(Logits(hidden, weight, bias), dtype)
+        running = RunningLogsumexp(chunks)
+        target, total = chunks.zeros(), chunks.zeros()
         for part in chunks:
             logits = chunks.logits(part, keep)
-            columns, inside = _columns(targets, part)
-            chosen = torch.where(inside, logits.gather(1, columns).squeeze(1), chosen)
+            columns, inside = columns_of(targets, part)
+            target = torch.where(inside, logits.gather(1, columns), target[:, None]).squeeze(1)
             total += logits.sum(-1, dtype=total.dtype)
+            lower(logits, Lowered(targets, math.inf), part)
             running.add(logits, part)
-        logsumexp = running.value()
-        ctx.save_for_backward(hidden, weight, bias, targets, logsumexp, chunks.kept)
+        others = running.value()
+        ctx.save_for_backward(hidden, weight, bias, targets, others, chunks.kept)
         ctx.dtype = dtype
-        return chosen, logsumexp, total / chunks.vocabulary
+        return target, others, total / chunks.vocabulary
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, target_grad: Tensor, logsumexp_grad: Tensor, mean_grad: Tensor
+        ctx: Any, target_grad: Tensor, others_grad: Tensor, mean_grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, logsumexp, kept = ctx.saved_tensors
-        chunks = _Chunks(Logits(hidden, weight, bias), ctx.dtype, kept)
-        grads = _Gradients(chunks, ctx.needs_input_grad)
+        hidden, weight, bias, targets, others, kept = ctx.saved_tensors
+        without_target = Lowered(targets, math.inf)
+        chunks = Chunks(Logits(hidden, weight, bias), ctx.dtype, kept, lowered=without_target)
+        grads = Gradients(chunks, ctx.needs_input_grad)
         for part in chunks:
-            # The softmax times its gradient; then what the target and the mean add to it.
-            grad = chunks.exp(chunks.logits(part), logsumexp, part)
-            grad *= logsumexp_grad[:, None]
+            # The softmax of the others times its gradient; then what target and mean add to it.
+            grad = chunks.exp(chunks.logits(part), others, part)
+            grad *= others_grad[:, None]
             grad += (mean_grad / chunks.vocabulary)[:, None]
-            columns, inside = _columns(targets, part)
-            grad.scatter_add_(1, columns, (target_grad * inside)[:, None])
+            columns, inside = columns_of(targets, part)
+            grad.scatter_add_(1, columns, target_grad[:, None] * inside)
             grads.add(grad, part)
         return *grads.of_inputs, None, None, None
 
 
-class _KLDivergence(torch.autograd.Function):
-    """KL(reference || policy) of N positions."""
+class _Margin(torch.autograd.Function):
+    """Largest logit minus mean of N positions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        chunks = Chunks(Logits(hidden, weight, bias), dtype)
+        total = chunks.zeros()
+        largest = total + torch.finfo(total.dtype).min
+        tokens = torch.zeros_like(total, dtype=torch.int64)
+        row_total = weight.new_zeros(weight.shape[1], dtype=chunks.sum_dtype)
+        for part in chunks:
+            logits = chunks.logits(part)
+            values, columns = logits.max(-1)
+            tokens = torch.where(values > largest, columns + part.start, tokens)
+            largest = torch.maximum(values, largest)
+            total += logits.sum(-1, dtype=total.dtype)
+            row_total += weight[part].sum(0, dtype=row_total.dtype)
+        mean_row = row_total / chunks.vocabulary
+        ctx.save_for_backward(hidden, weight, bias, tokens, mean_row)
+        return largest - total / chunks.vocabulary
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, margin_grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, tokens, mean_row = ctx.saved_tensors
+        needed, grad = ctx.needs_input_grad, margin_grad[:, None]
+        hidden_grad = weight_grad = bias_grad = None
+        if needed[0]:
+            hidden_grad = grad * (weight[tokens] - mean_row)
+        if needed[1]:
+            weight_grad = _above_mean(grad * hidden, tokens, weight)
+        if needed[2] and bias is not None:
+            bias_grad = _above_mean(grad, tokens, bias[:, None]).squeeze(1)
+        return hidden_grad, weight_grad, bias_grad, None
+
+
+def _above_mean(values: Tensor, tokens: Tensor, like: Tensor) -> Tensor:
+    """Add (N, K) values up by token, less the mean over the vocabulary of (V, K); like a tensor."""
+    mean = values.sum(0) / len(like)
+    chosen, places = torch.unique(tokens, return_inverse=True)
+    sums = values.new_zeros(len(chosen), values.shape[1]).index_add_(0, places, values)
+    # Rounded to the dtype of `like` once, and nothing else is of its size.
+    result = torch.empty_like(like).copy_(-mean)
+    result[chosen] = (sums - mean).to(like.dtype)
+    return result
+
+
+class _Divergence(torch.autograd.Function):
+    """KL(reference || policy) of N positions; cross-entropy where the reference is lowered."""
 
     @staticmethod
     def forward(
@@ -133,163 +210,44 @@ class _KLDivergence(torch.autograd.Function):
         reference_hidden: Tensor,
         reference_weight: Tensor,
         reference_bias: Tensor | None,
+        tokens: Tensor | None,
+        by: float | None,
         dtypes: tuple[torch.dtype, torch.dtype],
         keep: bool,
     ) -> Tensor:
-        ours = _Chunks(Logits(hidden, weight, bias), dtypes[0], among=2)
         constant = Logits(reference_hidden, reference_weight, reference_bias)
-        theirs = _Chunks(constant, dtypes[1], among=2)
-        policy, reference = _RunningLogsumexp(ours), _RunningLogsumexp(theirs)
-        weighted = ours.zeros()  # the sum of exp(z_q) (z_q - z_p), scaled as reference.total is
+        lowered = None if tokens is None or by is None else Lowered(tokens, by)
+        ours = Chunks(Logits(hidden, weight, bias), dtypes[0], among=2)
+        theirs = Chunks(constant, dtypes[1], among=2, lowered=lowered)
+        policy, reference = RunningLogsumexp(ours), RunningLogsumexp(theirs)
+        weighted = ours.zeros()  # sum of exp(z_q) z_p, or (z_p - z_q); scaled like reference.total
         for part in ours:
             logits, reference_logits = ours.logits(part, keep), theirs.logits(part, keep)
-            difference = ours.difference(reference_logits, logits, part)
-            policy.add(logits, part)
+            compared = logits if lowered else ours.difference(logits, reference_logits, part)
             exps, shrink = reference.add(reference_logits, part)
-            weighted = weighted * shrink + exps.mul_(difference).sum(-1)
+            weighted = weighted * shrink + exps.mul_(compared).sum(-1)
+            policy.add(logits, part)  # which may overwrite them
         logsumexp, reference_logsumexp = policy.value(), reference.value()
         ctx.save_for_backward(
-            hidden, weight, bias, *constant, logsumexp, reference_logsumexp, ours.kept, theirs.kept
+            *(hidden, weight, bias, *constant, tokens),
+            *(logsumexp, reference_logsumexp, ours.kept, theirs.kept),
         )
-        ctx.dtypes = dtypes
-        return weighted / reference.total - reference_logsumexp + logsumexp
+        ctx.dtypes, ctx.by = dtypes, by
+        cross_entropy = logsumexp - weighted / reference.total
+        return cross_entropy if lowered else cross_entropy - reference_logsumexp
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, divergence_grad: Tensor) -> tuple[Tensor | None, ...]:
-        logsumexp, reference_logsumexp, kept, reference_kept = ctx.saved_tensors[6:]
+        tokens, logsumexp, reference_logsumexp, kept, reference_kept = ctx.saved_tensors[6:]
         policy, reference = Logits(*ctx.saved_tensors[:3]), Logits(*ctx.saved_tensors[3:6])
-        ours = _Chunks(policy, ctx.dtypes[0], kept, among=2)
-        theirs = _Chunks(reference, ctx.dtypes[1], reference_kept, among=2)
-        grads = _Gradients(ours, ctx.needs_input_grad)
+        lowered = None if tokens is None else Lowered(tokens, ctx.by)
+        ours = Chunks(policy, ctx.dtypes[0], kept, among=2)
+        theirs = Chunks(reference, ctx.dtypes[1], reference_kept, among=2, lowered=lowered)
+        grads = Gradients(ours, ctx.needs_input_grad)
         for part in ours:
             grad = ours.exp(ours.logits(part), logsumexp, part)
             grad -= theirs.exp(theirs.logits(part), reference_logsumexp, part)
             grad *= divergence_grad[:, None]
             grads.add(grad, part)
-        return *grads.of_inputs, None, None, None, None, None
-
-
-def _columns(targets: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """Column of each target within a chunk, (N, 1), and whether it is there, (N,)."""
-    inside = (targets >= part.start) & (targets < part.stop)
-    return torch.where(inside, targets - part.start, 0)[:, None], inside
-
-
-class _Chunks:
-    """Computes logits by chunks of columns, each in the memory of the one before.
-
-    Attributes:
-        kept: The logits of a single chunk, not to be computed again.
-    """
-
-    def __init__(
-        self, logits: Logits, dtype: torch.dtype, kept: Tensor | None = None, among: int = 1
-    ) -> None:
-        """Choose the chunks; `among` of these objects share the memory of one."""
-        self.dtype = dtype
-        self.sum_dtype = torch.promote_types(dtype, torch.float32)
-        self.hidden = logits.hidden.to(dtype)
-        self.weight, self.bias = logits.weight, logits.bias
-        self.kept = kept
-        self.n_rows, self.vocabulary = len(self.hidden), len(self.weight)
-        self.columns = self.vocabulary
-        most = CHUNK_BYTES // among // 4
-        if self.n_rows * self.vocabulary > most:
-            if self.hidden.device.type == "cpu":
-                most = min(most, CPU_CHUNK_BYTES // among // 4)
-            columns = most // self.n_rows
-            self.columns = max(1, columns - columns % 64 if columns >= 64 else columns)  # aligned
-        self._buffers: dict[str, Tensor] = {}
-
-    def __iter__(self) -> Iterator[slice]:
-        for start in range(0, self.vocabulary, self.columns):
-            yield slice(start, min(start + self.columns, self.vocabulary))
-
-    def logits(self, part: slice, keep: bool = False) -> Tensor:
-        """(N, columns of the part) in the head's dtype; `keep` keeps them if they are all."""
-        if self.kept is not None:
-            return self.kept
-        logits = self._buffer("logits", part, self.dtype)
-        columns = self.rows_of_head(part).T
-        if self.bias is None:
-            torch.mm(self.hidden, columns, out=logits)
-        else:
-            torch.addmm(self.bias[part].to(self.dtype), self.hidden, columns, out=logits)
-        if keep and self.columns == self.vocabulary:
-            self.kept = logits
-        return logits
-
-    def exp(self, logits: Tensor, minus: Tensor, part: slice) -> Tensor:
-        """Exponentials of differences in the dtype of sums; overwrites logits that are not kept."""
-        in_place = self.kept is None and self.dtype == self.sum_dtype
-        out = logits if in_place else self._buffer("exp", part, self.sum_dtype)
-        return torch.sub(logits, minus[:, None], out=out).exp_()
-
-    def difference(self, others: Tensor, logits: Tensor, part: slice) -> Tensor:
-        """(N, columns of the part) others - logits, in the dtype of sums."""
-        out = self._buffer("difference", part, self.sum_dtype)
-        return torch.sub(others.to(self.sum_dtype), logits, out=out)
-
-    def rows_of_head(self, part: slice) -> Tensor:
-        """(columns of the part, H) in the head's dtype."""
-        return self.weight[part].to(self.dtype)
-
-    def zeros(self) -> Tensor:
-        """(N,) zeros in the dtype of sums."""
-        return self.hidden.new_zeros(self.n_rows, dtype=self.sum_dtype)
-
-    def _buffer(self, name: str, part: slice, dtype: torch.dtype) -> Tensor:
-        if name not in self._buffers:
-            self._buffers[name] = self.hidden.new_empty(self.n_rows * self.columns, dtype=dtype)
-        width = part.stop - part.start
-        return self._buffers[name][: self.n_rows * width].view(self.n_rows, width)
-
-
-class _RunningLogsumexp:
-    """Sums exp(logits) over chunks, scaled by the largest logit so far."""
-
-    def __init__(self, chunks: _Chunks) -> None:
-        self.chunks = chunks
-        self.total = chunks.zeros()
-        # Finite, so that a first chunk of -inf is no difference of infinities.
-        self.largest = self.total + torch.finfo(self.total.dtype).min
-
-    def add(self, logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        """Add a chunk; return its scaled exps, and the factor that rescales earlier sums."""
-        largest = torch.maximum(self.largest, logits.amax(-1))
-        shrink = torch.exp(self.largest - largest)
-        exps = self.chunks.exp(logits, largest, part)
-        self.total = self.total * shrink + exps.sum(-1)
-        self.largest = largest
-        return exps, shrink
-
-    def value(self) -> Tensor:
-        """(N,) logsumexp of all chunks."""
-        return self.largest + self.total.log()
-
-
-class _Gradients:
-    """Turns gradients of logits, chunk by chunk, into those of hidden states, weight and bias."""
-
-    def __init__(self, chunks: _Chunks, needed: Sequence[bool]) -> None:
-        self.chunks = chunks
-        hidden = torch.zeros_like(chunks.hidden, dtype=chunks.sum_dtype) if needed[0] else None
-        weight = torch.empty_like(chunks.weight) if needed[1] else None
-        bias = torch.empty_like(chunks.bias) if needed[2] and chunks.bias is not None else None
-        self.of_inputs = hidden, weight, bias
-
-    def add(self, grad: Tensor, part: slice) -> None:
-        """Add the (N, columns of the part) gradient of a chunk of logits."""
-        hidden, weight, bias = self.of_inputs
-        if bias is not None:
-            bias[part] = grad.sum(0)
-        grad = grad.to(self.chunks.dtype)
-        if hidden is not None:
-            hidden += grad @ self.chunks.rows_of_head(part)
-        if weight is None:
-            return
-        if weight.dtype == grad.dtype:
-            torch.mm(grad.T, self.chunks.hidden, out=weight[part])
-        else:
-            weight[part] = grad.T @ self.chunks.hidden
+        return *grads.of_inputs, None, None, None, None, None, None, None

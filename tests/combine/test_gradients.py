@@ -10,6 +10,7 @@ from scipy.optimize import LinearConstraint, minimize
 
 from unlearn_llm.combine import COMBINATIONS
 from unlearn_llm.combine import gradients as gradients_module
+from unlearn_llm.combine.base import Combination
 from unlearn_llm.combine.vectors import CHUNK, Gram, dots, gram
 from unlearn_llm.errors import UserError
 
@@ -273,6 +274,19 @@ def test_every_combination_cites_its_source_and_what_differs(name):
 def test_parameters_that_cannot_work_are_refused(name, parameters, message):
     with pytest.raises(UserError, match=message):
         COMBINATIONS[name](**parameters)
+
+
+def test_a_subclass_that_lacks_its_method_is_told_which():
+    class Mine(Combination):
+        gradients = True
+
+    class Projected(gradients_module.Projection):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Mine .* must define combine\(window\)"):
+        Mine().combine(None)
+    with pytest.raises(NotImplementedError, match=r"Projected .* must define coefficients"):
+        Projected()(*gradients())
 
 
 def test_unknown_combinations_are_answered_with_a_name():

@@ -50,12 +50,12 @@ def refused(load, old, new):
 
 
 def test_every_suite_on_disk_loads():
-    assert {"tofu", "synthetic", "privacy"} <= set(suites())
+    assert {"tofu", "open_unlearning", "privacy", "synthetic"} <= set(suites())
     for name in suites():
         assert Suite.load(name).name == name
 
 
-@pytest.mark.parametrize("name", ["tofu", "synthetic", "privacy"])
+@pytest.mark.parametrize("name", ["tofu", "open_unlearning", "privacy", "synthetic"])
 def test_a_suite_measures_all_that_its_scores_read(name):
     """Every (probe, metric) that an aggregate asks for is there: no score is missing by mistake."""
     suite = Suite.load(name).with_proxies()

@@ -252,6 +252,33 @@ def test_a_teacher_gets_no_gradient_though_its_head_would_take_one():
     torch.testing.assert_close(shared, head.weight.grad)
 
 
+@pytest.mark.parametrize("n", [0, 4])
+@pytest.mark.parametrize("name", ["undial", "ceu", "pdu"])
+def test_whole_logits_give_the_loss_and_gradients_of_a_plain_head(name, n):
+    # Without a plain head, logits are read whole, and losses come of Distribution.map.
+    generator = torch.Generator().manual_seed(0)
+    hidden, theirs = torch.randn(2, n, 5, generator=generator)
+    linear, targets = torch.nn.Linear(5, 7), torch.tensor([1, 2, 3, 6])[:n]
+    leaves = [hidden.requires_grad_(), *linear.parameters()]
+
+    def of(states, *, whole):
+        head = Head(lambda logits: logits, 7) if whole else Head(linear.forward, 7, linear)
+        states = linear(states) if whole else states
+        scored = Scored(
+            torch.ones(1, n, dtype=torch.bool),
+            targets[None],
+            ChunkedDistribution(states, targets, head),
+        )
+        return {"original": scored}
+
+    def run(whole):
+        loss = FORGET_LOSSES[name](of(hidden, whole=whole), of(theirs, whole=whole)).sum()
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    for plain, full in zip(run(whole=False), run(whole=True), strict=True):
+        torch.testing.assert_close(plain, full, rtol=1e-5, atol=1e-6)
+
+
 def test_flat_logits_have_no_pdu_loss():
     flat = {answer: torch.full_like(v, 3.5) for answer, v in random_logits(1).items()}
     assert float(reduced(FORGET_LOSSES["pdu"], flat, flat)) == pytest.approx(0, abs=1e-6)

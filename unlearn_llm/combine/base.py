@@ -75,7 +75,10 @@ class Combination:
 
     def combine(self, window: Window) -> Gradient:
         """Make the gradient that is clipped and given to the optimiser."""
-        raise NotImplementedError
+        name = type(self).__name__
+        raise NotImplementedError(
+            f"{name} asks for gradients (gradients = True), so it must define combine(window)."
+        )
 
     def wants_loss_before(self, step: int) -> bool:
         """Must losses before and after the step of this number be comparable (no dropout)?"""

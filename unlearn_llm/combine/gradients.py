@@ -112,7 +112,8 @@ class Projection(Combination):
 
     def coefficients(self, products: Gram) -> Coefficients:
         """Say how much of each gradient the direction holds."""
-        raise NotImplementedError
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} is a Projection, so it must define coefficients().")
 
     def __call__(self, forget: Gradient, retain: Gradient, reduce: Reduce = whole) -> Gradient:
         """Give the direction, written over `retain`."""

@@ -1,6 +1,6 @@
 """Answers Generate requests: what a model says, greedily. Rows that have ended leave the batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -125,7 +125,9 @@ class Generator:
             items = [item for item in batch if rooms[item.key] == room]
             ids, mask = self._padded(items)
             generated = self.model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, generation_config=self._greedy_config(room)
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=greedy_config(room, self._collator.pad_id, self.stop_ids),
             )
             for item, row in zip(items, generated[:, ids.shape[1] :].tolist(), strict=True):
                 new_ids[item.key] = self._cut(row)
@@ -138,22 +140,6 @@ class Generator:
         mask = self._collator.pad([[1] * len(item.ids) for item in batch], 0).flip(1)
         device = unwrapped(self.model).device
         return ids.to(device), mask.to(device)
-
-    def _greedy_config(self, limit: int) -> GenerationConfig:
-        # Named one by one: what is left out comes from the model's own generation_config, and a
-        # repetition penalty there would change what "greedy" means.
-        return GenerationConfig(
-            max_new_tokens=limit,
-            do_sample=False,
-            num_beams=1,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=50,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            pad_token_id=self._collator.pad_id,
-            eos_token_id=sorted(self.stop_ids),
-        )
 
     def _is_open(self, ids: Sequence[int], room: int) -> bool:
         return len(ids) < room and not self._has_ended(ids)
@@ -187,3 +173,23 @@ def stop_ids(model: nn.Module, encoder: Encoder) -> set[int]:
     named = unwrapped(model).generation_config.eos_token_id
     model_ids = named if isinstance(named, list) else [named]
     return {int(encoder.tokenizer.eos_token_id), *(int(i) for i in model_ids if i is not None)}
+
+
+def greedy_config(max_new_tokens: int, pad_id: int, ends: Collection[int]) -> GenerationConfig:
+    """Name the settings of greedy generation, whatever the model's own are.
+
+    Named one by one: what is left out comes from the model's own generation_config, and a
+    repetition penalty there would change what "greedy" means.
+    """
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        pad_token_id=pad_id,
+        eos_token_id=sorted(ends),
+    )

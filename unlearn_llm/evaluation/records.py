@@ -97,12 +97,12 @@ def read_records(path: str | Path) -> list[Record]:
 
 def write_json_lines(path: Path, records: Iterable[Record]) -> None:
     """Write one JSON object per line; the file is whole, or not there."""
-    write_whole(path, "".join(_json(record) + "\n" for record in records))
+    write_whole(path, "".join(as_json(record) + "\n" for record in records))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object; the file is whole, or not there."""
-    write_whole(path, _json(content, indent=2) + "\n")
+    write_whole(path, as_json(content, indent=2) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -119,7 +119,8 @@ def write_whole(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _json(content: Any, indent: int | None = None) -> str:
+def as_json(content: Any, indent: int | None = None) -> str:
+    """Write strict JSON; ValueError for a number that is not finite."""
     # NaN and Infinity are no JSON: readers other than Python's refuse the whole file.
     return json.dumps(content, ensure_ascii=False, allow_nan=False, indent=indent)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unlearn_llm.objective import forget_loss
@@ -21,15 +21,8 @@ def undial(policy: Scores, reference: Scores, *, beta: float = 10.0) -> Tensor:
     Differs: scores the answer's tokens only; open-unlearning also averages over prompt and padding,
         where it lowers an unrelated token.
     """
-    ours, targets = _answer(policy["original"])
-    theirs, _ = _answer(reference["original"])
-
-    def distil(logps: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
-        lowered = torch.full_like(tokens[:, None], -beta, dtype=teacher.dtype)
-        teacher = teacher.detach().scatter_add(1, tokens[:, None], lowered).softmax(-1)
-        return -(teacher * logps).sum(-1)
-
-    return policy["original"].spread(ours.map(distil, theirs, targets)).sum(-1)
+    ours, theirs = _answer(policy), _answer(reference)
+    return policy["original"].spread(ours.cross_entropy_from(theirs, lowered=beta)).sum(-1)
 
 
 @forget_loss("ceu", kind="untargeted", per="token", positions="answer_after_first")
@@ -43,8 +36,8 @@ def ceu(policy: Scores) -> Tensor:
     Differs: the author's cross-entropy under sg[q] is larger by the entropy of q, held constant:
         the same gradient, but a value that does not fall to 0 as the answer is forgotten.
     """
-    ours, targets = _answer(policy["original"])
-    return policy["original"].spread(ours.map(_without_token, targets)).sum(-1)
+    # -log(1 - p) of log-odds: exact for p near 1.
+    return policy["original"].spread(F.softplus(_answer(policy).token_log_odds())).sum(-1)
 
 
 @forget_loss("pdu", kind="untargeted", per="token")
@@ -58,21 +51,10 @@ def pdu(policy: Scores) -> Tensor:
     Differs: the logit before an answer's token is flattened, not the one after it, which the
         released mask (not shifted) chooses.
     """
-    ours, _ = _answer(policy["original"])
-    return policy["original"].spread(ours.map(_squared_margin)).sum(-1)
+    return policy["original"].spread(_answer(policy).margin().square()).sum(-1)
 
 
-def _without_token(logps: Tensor, tokens: Tensor) -> Tensor:
-    """-log(1 - p) as a sum over the other tokens, which is exact for p near 1."""
-    return -logps.scatter(1, tokens[:, None], -torch.inf).logsumexp(-1)
-
-
-def _squared_margin(logps: Tensor) -> Tensor:
-    """The same of log-probabilities as of logits: they differ by a constant."""
-    return (logps.amax(-1) - logps.mean(-1)).square()
-
-
-def _answer(scored: Scored) -> tuple[Distribution, Tensor]:
-    """The distributions at the scored positions, and the tokens that came next."""
-    assert scored.distribution is not None  # always there but in precomputed references
-    return scored.distribution, scored.targets[scored.mask]
+def _answer(scores: Scores) -> Distribution:
+    distribution = scores["original"].distribution
+    assert distribution is not None  # always there but in precomputed references
+    return distribution

@@ -102,8 +102,8 @@ def dual_update(param: Tensor, grad: Tensor, moments: Moments, c: Coefficients) 
         bitsandbytes' kernels decay after it (a difference of order lr²); the role is given, not
         counted (trap 1).
     """
-    moments.mean.lerp_(grad, c.mean_weight)
-    moments.square.lerp_(grad * grad, c.square_weight)
+    _track(moments.mean, grad, c.mean_weight)
+    _track(moments.square, grad * grad, c.square_weight)
     root = (moments.square * c.square_correction).sqrt_().add_(c.eps)
     param.mul_(c.decay).sub_((moments.mean * c.mean_correction).mul_(c.lr).div_(root))
 
@@ -147,8 +147,8 @@ def dual_plus_update(
         _track_base(base, grad, grad_square, c)
     shared_mean = base.mean * c.base_mean_correction
     shared_square = base.square * c.base_square_correction
-    delta.mean.lerp_(grad - shared_mean, c.mean_weight)
-    delta.square.lerp_(grad_square - shared_square, c.square_weight)
+    _track(delta.mean, grad - shared_mean, c.mean_weight)
+    _track(delta.square, grad_square - shared_square, c.square_weight)
     mean = (delta.mean * c.mean_correction).add_(shared_mean)
     # The delta of the squares is signed, and so is its sum with the base; the released step takes
     # the magnitude. Where the sum crosses zero the step is large: hence the bound.
@@ -167,5 +167,15 @@ def dual_plus_update(
 
 
 def _track_base(base: Moments, grad: Tensor, grad_square: Tensor, c: Coefficients) -> None:
-    base.mean.lerp_(grad, c.base_mean_weight)
-    base.square.lerp_(grad_square, c.base_square_weight)
+    _track(base.mean, grad, c.base_mean_weight)
+    _track(base.square, grad_square, c.base_square_weight)
+
+
+def _track(average: Tensor, value: Tensor, weight: Number) -> None:
+    """Move an average towards a value."""
+    if isinstance(weight, Tensor):
+        # lerp has a second formula for weights above 1/2. Compiled, it chooses between both at
+        # every entry, which costs up to a tenth of the step.
+        average.add_((value - average) * weight)
+    else:
+        average.lerp_(value, weight)

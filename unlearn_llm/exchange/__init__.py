@@ -1,0 +1,1 @@
+"""Scores and records in the formats of other projects, read and written."""

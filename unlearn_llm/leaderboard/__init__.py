@@ -1,0 +1,1 @@
+"""The tables of finished runs: who stands where, on which terms, beside what was published."""

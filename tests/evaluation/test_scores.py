@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import hmean
+from scipy.stats import hmean, ks_2samp
 
 from unlearn_llm.evaluation import scores
 from unlearn_llm.evaluation.scores import Score
@@ -102,3 +102,12 @@ def test_privleak_by_hand() -> None:
     assert scores.privleak(0.5, 0.5) == 0.0
     assert scores.privleak(0.25, 0.5) == pytest.approx(50.0)
     assert scores.privleak(0.4, 1.0) == pytest.approx(6e11)
+
+
+def test_the_distance_is_scipys_with_and_without_ties() -> None:
+    rng = np.random.default_rng(0)
+    for n, decimals in ((1, 3), (2, 3), (50, 1), (300, 6)):
+        first, second = (rng.normal(shift, size=n).round(decimals).tolist() for shift in (0, 0.4))
+        here, there = ({str(i): v for i, v in enumerate(side)} for side in (first, second))
+        expected = ks_2samp(first, second).statistic
+        assert scores.ks_statistic(here, there).value == pytest.approx(expected, abs=1e-12)

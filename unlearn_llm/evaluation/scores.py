@@ -173,12 +173,16 @@ def ks_statistic(
 ) -> Score:
     """Distance D of the same test: the greatest gap of the two distribution functions.
 
-    Source: scipy ks_2samp. Differs: as `forget_quality`.
+    Source: the D of scipy ks_2samp. Differs: as `forget_quality`.
     """
-    # The distance is the same with either method, and an exact p-value takes long.
-    return _ks(
-        values, reference, lambda first, second: ks_2samp(first, second, method="asymp").statistic
-    )
+    return _ks(values, reference, _greatest_gap)
+
+
+def _greatest_gap(first: Sequence[float], second: Sequence[float]) -> float:
+    # scipy would compute the p-value, too, which takes a hundred times as long.
+    pooled = np.concatenate([first, second])
+    shares = [np.searchsorted(np.sort(s), pooled, side="right") / len(s) for s in (first, second)]
+    return float(np.max(np.abs(shares[0] - shares[1])))
 
 
 def _ks(

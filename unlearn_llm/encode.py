@@ -142,13 +142,15 @@ class Encoder:
         """
         if not questions:
             return []
-        prompts = self._tokenize([self.prompt_text(question) for question in questions])
+        distinct = list(dict.fromkeys(questions))  # a question may come with many answers
+        prompt_ids = self._tokenize([self.prompt_text(question) for question in distinct])
+        prompt_of = dict(zip(distinct, prompt_ids, strict=True))
         texts = [self.full_text(q, a) for q, a in zip(questions, answers, strict=True)]
         encoded, faults = [], _Faults(self.max_length)
-        for row, (prompt, ids, answer) in enumerate(
-            zip(prompts, self._tokenize(texts), answers, strict=True)
+        for row, (question, ids, answer) in enumerate(
+            zip(questions, self._tokenize(texts), answers, strict=True)
         ):
-            n_prompt = _common_length(prompt, ids)
+            n_prompt = _common_length(prompt_of[question], ids)
             if not answer.strip() or n_prompt == len(ids):
                 faults.empty.append(row)
             elif n_prompt >= self.max_length:

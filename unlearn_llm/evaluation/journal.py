@@ -11,7 +11,6 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any, get_args
 
@@ -50,7 +49,7 @@ class Journal:
 
     def add(self, answers: Sequence[tuple[Request, Result]]) -> None:
         """Keep the answers of one batch: they are on the disk when this returns."""
-        line = {key_of(request): [type(r).__name__, asdict(r)] for request, r in answers}
+        line = {key_of(request): [type(r).__name__, vars(r)] for request, r in answers}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8", newline="\n") as file:
             if file.tell() == 0:
@@ -92,7 +91,7 @@ def remove_journal(folder: Path) -> None:
 
 def key_of(request: Request) -> str:
     """Hash a request: 32 hexadecimal digits."""
-    return digest([type(request).__name__, *astuple(request)])[:32]
+    return digest([type(request).__name__, *vars(request).values()])[:32]
 
 
 def digest(content: Any) -> str:

@@ -14,12 +14,13 @@ from torch import Tensor
 class Tree:
     """Token sequences, each a path from the root; a node is a token that the model reads.
 
-    The last token of a sequence is only predicted, never read, so it is no node.
+    The last token of a sequence is only predicted, never read, so it is no node. A sequence shares
+    what it has in common with the one added before it, so that sorted ones share all they can.
 
     Attributes:
         ids: (n) the nodes' tokens. A node comes after its parent.
         positions: (n) their places in their sequences, from 0.
-        predictors: (m) the nodes after which a scored token comes, a pair of node and token once.
+        predictors: (m) the nodes after which a scored token comes.
         targets: (m) these tokens.
         paths: By sequence, the places of its scored tokens in `targets`, in order.
     """
@@ -30,19 +31,30 @@ class Tree:
         self.predictors: list[int] = []
         self.targets: list[int] = []
         self.paths: dict[Any, list[int]] = {}
-        self._children: dict[tuple[int, int], int] = {}
-        self._places: dict[tuple[int, int], int] = {}
-        self._runs: list[tuple[int, int]] = []  # (parent, first node of its new descendants)
+        self._runs: list[tuple[int, int]] = []  # (parent, first node of a row of descendants)
+        # Of the sequence before: its tokens and nodes, and its scored tokens' places by position.
+        self._ids: Sequence[int] = ()
+        self._nodes: list[int] = []
+        self._places: list[int | None] = []
 
     def add(self, key: Any, ids: Sequence[int], n_prompt: int) -> None:
         """Add a sequence; all tokens from `n_prompt` on are scored, but never the first."""
-        path, node = [], -1
-        for position, token in enumerate(ids):
-            if position >= max(1, n_prompt):
-                path.append(self._place(node, token))
-            if position < len(ids) - 1:
-                node = self._child(node, token, position)
-        self.paths[key] = path
+        common = _common_length(self._ids, ids)
+        shared = min(common, len(self._nodes), len(ids) - 1)
+        first, new = len(self.ids), ids[shared:-1]
+        if new:
+            self._runs.append((self._nodes[shared - 1] if shared else -1, first))
+        self.ids += new
+        self.positions += range(shared, shared + len(new))
+        self._nodes = self._nodes[:shared] + list(range(first, len(self.ids)))
+        scored = max(1, n_prompt)
+        known = [*self._places[:common], *[None] * (len(ids) - common)]
+        self._places = [
+            self._place(position, token, place) if position >= scored else None
+            for position, (token, place) in enumerate(zip(ids, known, strict=True))
+        ]
+        self._ids = ids
+        self.paths[key] = [place for place in self._places if place is not None]
 
     def mask(self) -> Tensor:
         """Which nodes (rows) see which (columns), (n, n) bool: its ancestors and itself."""
@@ -54,21 +66,15 @@ class Tree:
             mask[start:stop, start:stop] = torch.ones(stop - start, stop - start).tril().bool()
         return mask
 
-    def _child(self, node: int, token: int, position: int) -> int:
-        """Find the token after a node, or make it a new node."""
-        child = self._children.get((node, token))
-        if child is None:
-            child = len(self.ids)
-            if node != child - 1 or child == 0:  # else it goes on where the last one ended
-                self._runs.append((node, child))
-            self._children[node, token] = child
-            self.ids.append(token)
-            self.positions.append(position)
-        return child
+    def _place(self, position: int, token: int, known: int | None) -> int:
+        """Give the place of a scored token in `targets`: the known one, or a new one."""
+        if known is not None:
+            return known
+        self.predictors.append(self._nodes[position - 1])
+        self.targets.append(token)
+        return len(self.targets) - 1
 
-    def _place(self, node: int, token: int) -> int:
-        place = self._places.setdefault((node, token), len(self.targets))
-        if place == len(self.targets):
-            self.predictors.append(node)
-            self.targets.append(token)
-        return place
+
+def _common_length(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(ours), len(theirs)))

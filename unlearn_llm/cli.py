@@ -189,6 +189,7 @@ def list_names(as_json: AsJson = False) -> None:
     from unlearn_llm.combine import COMBINATIONS
     from unlearn_llm.evaluation.metrics import METRICS
     from unlearn_llm.evaluation.suite import suites
+    from unlearn_llm.masks import MASKS
     from unlearn_llm.objective import FORGET_LOSSES, RETAIN_LOSSES
     from unlearn_llm.optim import OPTIMIZERS
     from unlearn_llm.schedule import SCHEDULES
@@ -197,6 +198,7 @@ def list_names(as_json: AsJson = False) -> None:
         "objectives": {"forget": list(FORGET_LOSSES), "retain": list(RETAIN_LOSSES)},
         "schedules": list(SCHEDULES),
         "combines": list(COMBINATIONS),
+        "masks": list(MASKS),
         "optimizers": list(OPTIMIZERS),
         "metrics": list(METRICS),
         "suites": list(suites()),

@@ -70,14 +70,15 @@ class Loss:
     def count(
         self,
         sequences: Mapping[Answer, Sequences],
-        policy: Callable[[], Mapping[Answer, Scored]],
+        policy: Callable[[], Mapping[Answer, Scored]] | None = None,
     ) -> int | float:
         """Count what the loss is averaged by: scored tokens of its answers, sequences, or weights.
 
         Args:
-            policy: Scores the sequences; called for weights only.
+            policy: Scores the sequences; needed and called for weights only.
         """
         if callable(self.per):
+            assert policy is not None
             return float(self.per(policy(), **self.parameters).sum())
         if self.per == "sequence":
             return len(sequences[self.answers[0]]["rows"])

@@ -91,6 +91,25 @@ def finetune(
     _show_run(loaded, run, as_json)
 
 
+@app.command()
+def negate(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the model.")],
+    finetuned: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FINETUNED", help="The same after `unlearn finetune` on the forget set."
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A new folder.")],
+    alpha: Annotated[float, typer.Option(min=0.0, help="How much of it is subtracted.")] = 1.0,
+) -> None:
+    """Task arithmetic: subtract from a model what fine-tuning on the forget set has added."""
+    from unlearn_llm.negate import negate as subtract
+
+    subtract(base, finetuned, output, alpha)
+    print(f"wrote {output}")
+
+
 @app.command("generate-alternates")
 def generate_alternates(
     recipe: RecipeName,

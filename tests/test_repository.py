@@ -28,6 +28,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "optim/storage", "optim/task", "optim/triton_codec", "optim/triton_step", "optim/update",
         "combine", "combine/base", "combine/gradients", "combine/ngdiff", "combine/ofmu",
         "combine/vectors", "combine/weights",
+        "masks", "masks/base", "masks/salun", "masks/sfron",
         "vocabulary", "vocabulary_chunks", "synthetic", "synthetic_words", "yaml_text",
         "evaluation", "evaluation/requests", "evaluation/metrics", "evaluation/text_metrics",
         "evaluation/texts", "evaluation/aggregates", "evaluation/columns", "evaluation/scores",
@@ -35,11 +36,11 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     2: (
         "dual_setup", "encode", "rows", "dataset", "models", "hidden", "scoring", "reference",
-        "progress",
+        "progress", "negate",
         "evaluation/cache", "evaluation/judges", "evaluation/provenance", "evaluation/runner",
     ),
     3: (
-        "config", "callbacks", "combining", "trainer", "finetune", "alternates",
+        "config", "callbacks", "combining", "masking", "trainer", "finetune", "alternates",
         "evaluation/strict", "evaluation/suite", "evaluation/samples", "evaluation/evaluate",
     ),
     4: (

@@ -87,3 +87,12 @@ def test_a_run_resumed_under_a_falling_coefficient_is_the_uninterrupted_run(tmp_
 def test_a_coefficient_schedule_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(UserError, match="forget_weight_schedule: expected constant or cosine"):
         make_trainer(tmp_path, forget_weight_schedule="linear")
+
+
+def test_weights_cost_a_pass_without_gradient_in_forget_steps(tmp_path):
+    trainer = make_trainer(tmp_path, **ADAGA, max_steps=3, gradient_accumulation_steps=2)
+    passes = []
+    trainer.model.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    trainer.train()
+    # A forget step of two micro-batches: first the weights of both; then two retain steps.
+    assert passes == [False, False, True, True, *[True] * 4]

@@ -179,7 +179,7 @@ class RowGradients:
             for total, gradient in zip(found, self._taken(), strict=True):
                 total.addcmul_(gradient, gradient)
         n_rows = len(self.rows.rows[role])
-        return [total / n_rows for total in self._reduced(found)]
+        return [total.div_(n_rows) for total in self._reduced(found)]
 
     @property
     def _parameters(self) -> list[Tensor]:

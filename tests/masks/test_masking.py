@@ -264,45 +264,50 @@ def test_a_checkpoint_of_another_mask_is_refused(tmp_path, saved, resumed):
 # Passes and memory, measured: the README's table.
 
 # Forward and backward passes before step one, in rows of a micro-batch of 10 forget and 12 retain
-# rows; copies of the weights while the optimiser steps; bytes of the mask per entry.
-COSTS = {"salun": ((1, 1), 1, 1), "sfron": ((22, 22), 1, 1)}
+# rows; tensors of the size of the weights then, with the gradient; copies of the weights while the
+# optimiser steps; bytes of the mask per entry.
+COSTS = {"salun": ((1, 1), 1, 1, 1), "sfron": ((22, 22), 3, 1, 1)}
 
 
 @pytest.mark.parametrize("name", COSTS)
 def test_passes_and_memory_are_those_of_the_table(tmp_path, name, monkeypatch):
-    passes, copies, mask_bytes = COSTS[name]
+    passes, tensors, copies, mask_bytes = COSTS[name]
+    gc.collect()  # what earlier tests left
     trainer = make_trainer(
         tmp_path, mask=name, objective="ga+gd", max_steps=3, per_device_train_batch_size=12
     )
     counts = {"forward": 0, "backward": 0}
     largest = max(trainer.model.parameters(), key=torch.Tensor.numel)
-    alive = []
+    alive, before_step_one = [], []
+
+    def found(known):
+        """Float32 tensors of the largest parameter's shape, without those that are known."""
+        own = {t.data_ptr() for t in known}
+        tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor]
+        alike = [t for t in tensors if t.shape == largest.shape and t.dtype == torch.float32]
+        return len({t.data_ptr() for t in alike} - own)
 
     def count(what):
         counts[what] += 1
+        if not trainer.masking.mask:
+            gradient = largest.grad  # noqa: F841  only what was asked for has a Python object
+            before_step_one.append(found([largest]))
 
     def look(event, state, _):
         if event == "before":
             moments = [v for s in trainer.optimizer.state.values() for v in s.values()]
-            plain = [*trainer.model.parameters(), *(p.grad for p in trainer.model.parameters())]
-            own = {t.data_ptr() for t in (*plain, *moments)}
-            found = {
-                thing.data_ptr()
-                for thing in gc.get_objects()
-                if type(thing) is torch.Tensor and thing.shape == largest.shape
-                and thing.dtype == torch.float32
-            }  # fmt: skip
-            alive.append(len(found - own))
+            alive.append(found([largest, largest.grad, *moments]))
 
     trainer.model.register_forward_pre_hook(lambda *_: count("forward"))
     tensor_backward = torch.Tensor.backward
     monkeypatch.setattr(
-        torch.Tensor, "backward", lambda *a, **k: (count("backward"), tensor_backward(*a, **k))[1]
+        torch.Tensor, "backward", lambda *a, **k: (tensor_backward(*a, **k), count("backward"))[0]
     )
     trainer.add_callback(EveryStep(look))
     trainer.train()
     # A step is one pass each, as without a mask.
     assert (counts["forward"] - 3, counts["backward"] - 3) == passes
+    assert max(before_step_one) == tensors
     held = [copies if "retain" in MASKS[name].roles or step == 0 else 0 for step in range(3)]
     assert alive == held
     entries = sum(p.numel() for p in trainer.model.parameters())

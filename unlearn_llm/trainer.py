@@ -23,7 +23,7 @@ from unlearn_llm.config import NO_EVALUATION, UnlearnConfig, check_mask, check_r
 from unlearn_llm.dataset import Collator, RoleDataset, read_refusals
 from unlearn_llm.dual_setup import check_eight_bit, observations, set_up
 from unlearn_llm.encode import CHAT, Encoder, check_context
-from unlearn_llm.errors import NonFiniteError, UserError
+from unlearn_llm.errors import UserError
 from unlearn_llm.hidden import check_layers
 from unlearn_llm.masking import Masking
 from unlearn_llm.masks import Mask
@@ -31,7 +31,7 @@ from unlearn_llm.models import check_finite, keep_float32_masters, select_traina
 from unlearn_llm.objective import Loss, Objective
 from unlearn_llm.optim import set_role
 from unlearn_llm.plan import Plan
-from unlearn_llm.progress import RoleLog
+from unlearn_llm.progress import RoleLog, check_step
 from unlearn_llm.reference import Reference, choose_reference, frozen
 from unlearn_llm.rows import QA, as_pairs, check_disjoint
 from unlearn_llm.schedule import Schedule, ScheduledSampler
@@ -55,6 +55,7 @@ class UnlearnTrainer(Trainer):
     - Logs are kept by role: `forget/loss`, `retain/grad_norm`...
     - A loss or gradient that is not finite stops the run before the weights change.
     - `combine` makes one update of the two gradients of a step (combining.py).
+    - `mask` holds entries of the weights (masking.py).
     - Trainable weights are kept in float32: in bfloat16 an update of 1e-5 would vanish.
     """
 
@@ -150,7 +151,8 @@ class UnlearnTrainer(Trainer):
             # Only its presence counts: the Trainer demands one where eval_strategy is set.
             eval_dataset=None if evaluate_model is None else self.role_rows,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), ForgetLearningRate(), self.combining, self.masking],
+            # Held entries are back before a combination looks at the new weights.
+            callbacks=[*(callbacks or []), ForgetLearningRate(), self.masking, self.combining],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=args.build_optimizer(),
         )
@@ -284,16 +286,7 @@ class UnlearnTrainer(Trainer):
         """Stop before the optimiser steps if the loss or the gradient is not finite."""
         norm = float(super()._get_grad_norm(model, grad_norm))
         losses = self.role_log.end_step(norm, self.accelerator)
-        for role, loss in losses.items():
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                kept = get_last_checkpoint(self.args.output_dir)
-                raise NonFiniteError(
-                    f"Step {self.state.global_step}: the {role} loss is {loss:g} and the gradient "
-                    f"norm {norm:g}. Stopped before the weights changed. "
-                    f"{'Last good checkpoint: ' + kept if kept else 'No checkpoint was saved yet'}"
-                    ". Try a smaller learning rate or forget_weight, or a bounded forget loss "
-                    "(idk, me, npo)."
-                )
+        check_step(losses, norm, self.state.global_step, self.args.output_dir)
         return norm
 
     def train(  # type: ignore[override]  # the rest is passed on as it is

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 from torch.optim import Optimizer
-from vision_task import BETAS, CLASSES, WEIGHT_DECAY, Images, Task, batches, half_cosine
+from vision_task import BETAS, CLASSES, RATE, WEIGHT_DECAY, Images, Task, batches, half_cosine
 
 from unlearn_llm.masks import Mask
 from unlearn_llm.masks.salun import SalUn
@@ -32,8 +32,8 @@ OptimizerName = Literal["shared", "dual", "dual_plus"]
 
 EPOCHS = 10
 """Passes over the retain set; over the forget set as many, but for SFRon."""
-RETAIN_RATE = 1e-4
-"""A tenth of pre-training's, as the authors have it."""
+RETAIN_RATE = RATE
+"""As in pre-training; a tenth of it does not make good what forgetting breaks."""
 FORGET_EVERY = 5
 """SFRon forgets once before this many retain steps."""
 

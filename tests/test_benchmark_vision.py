@@ -345,7 +345,7 @@ def test_a_row_of_another_rate_is_not_taken(tmp_path):
 
 
 def test_the_search_takes_the_rate_nearest_to_retraining(monkeypatch, tmp_path):
-    best = {"shared": 1e-4, "dual": 1.7e-3, "dual_plus": 5.4e-4}  # 3e-3 / 1.8, 3e-4 * 1.8
+    best = {"shared": 1e-4, "dual": 5.6e-4, "dual_plus": 5.4e-4}  # 1e-3 / 1.8, 3e-4 * 1.8
 
     def fake(run):
         off = 0.0 if run.rate is None else abs(math.log10(run.rate / best[run.optimizer]))

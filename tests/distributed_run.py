@@ -2,7 +2,7 @@
 
 Takes a JSON file: a list of runs. Each holds `name`, `output_dir`, `family`, `lora`, `resume` and
 `settings`. Rank 0 writes weights, gradient norms and losses of every run to NAME.pt; each rank
-writes the rows that its loader deals to NAME.rows.RANK.json.
+writes the rows that its loader deals to NAME.rows.RANK.json, and its mask to NAME.mask.RANK.pt.
 """
 
 import json
@@ -29,6 +29,7 @@ def train(run: dict, folder: Path):
     (folder / f"{run['name']}.rows.{rank}.json").write_text(json.dumps(rows_dealt(trainer)))
     resume = run.get("resume")
     trainer.train(resume_from_checkpoint=str(folder / resume) if resume else None)
+    torch.save(trainer.masking.mask, folder / f"{run['name']}.mask.{rank}.pt")
     return trainer
 
 

@@ -109,6 +109,7 @@ def test_list_as_json_has_exactly_the_promised_keys(unlearn):
         "objectives",
         "schedules",
         "combines",
+        "masks",
         "optimizers",
         "metrics",
         "suites",

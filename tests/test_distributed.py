@@ -69,6 +69,13 @@ RUNS = {
     "joint_implicit_surgery": {
         "settings": {**JOINT, **TWICE_ONE, "objective": "npo+gd", "combine": "implicit_surgery"},
     },
+    "joint_salun": {"settings": {**JOINT, **TWICE_ONE, "objective": "idk+gd", "mask": "salun"}},
+    "alternate_sfron_lora": {
+        "lora": True,
+        "settings": {**ALTERNATE, **TWO, "objective": "adaga+gd", "mask": "sfron"},
+    },
+    "alternate_adaga": {"settings": {**ALTERNATE, **TWICE_ONE, "objective": "adaga+gd"}},
+    "alternate_scrub": {"settings": {**ALTERNATE, **TWO, "objective": "scrub+gd_kl"}},
     "joint_checkpointing_lora": {
         "lora": True,
         "settings": {
@@ -89,6 +96,8 @@ RESUMED = {
         "alternate_dual_npo_kl_lora",
         "joint_gru_idk_gd_lora",
         "joint_implicit_surgery",
+        "joint_salun",
+        "alternate_sfron_lora",
     )
 }
 
@@ -151,6 +160,13 @@ def test_two_processes_train_what_one_process_trains(folder, tmp_path, name):
     # Adam divides by sqrt(v): an entry whose gradient is all rounding may differ by a whole step,
     # so the weights are compared as a vector.
     assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "mask" in RUNS[name]["settings"]])
+def test_the_ranks_hold_the_same_entries(folder, name):
+    masks = [torch.load(folder / f"{name}.mask.{rank}.pt") for rank in (0, 1)]
+    assert masks[0]
+    assert all(map(torch.equal, *masks))
 
 
 def rows_of(folder, name, role):

@@ -16,7 +16,7 @@ from unlearn_llm.errors import UserError
 def test_a_checkpoint_brings_its_plan(tmp_path):
     trained(tmp_path, **SAVING)
     plan = json.loads((tmp_path / "checkpoint-2" / "unlearn_plan.json").read_text())
-    assert plan["schedule"] == "Alternate(forget=1, retain=2)"
+    assert plan["schedule"] == "Alternate(forget=1, retain=2, forget_cycles=None)"
     assert plan["window"] == 4
 
 

@@ -426,6 +426,29 @@ def test_a_combination_that_cannot_work_is_refused(override, message):
     assert message in refusal(given, "tofu/small/unlearn/idk+gd/surgery")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.mask=sfrn", "Unknown mask 'sfrn'. Did you mean 'sfron'"),
+        ("train.mask_parameters={treshold: 1}", "SFRon has no parameter 'treshold'. Did you mean"),
+        ("train.mask_parameters={threshold: x}", "threshold: expected a number from 0 to inf"),
+        ("train.mask=null", "train.mask_parameters"),
+    ],
+)
+def test_a_mask_that_cannot_work_is_refused(override, message):
+    assert message in refusal([override, "data.folder=nowhere"], "tofu/small/masks/sfron")
+
+
+def test_a_mask_of_one_role_is_refused_where_steps_train_both(tmp_path):
+    text = """
+model: {path: m}
+data: {forget: f.json, retain: r.json}
+train: {schedule: joint, mask: sfron}
+"""
+    with pytest.raises(RecipeError, match=r"train.mask.*sfron holds entries in forget steps only"):
+        Recipe.load(write(tmp_path, text))
+
+
 def test_evaluation_steps_without_a_suite_are_refused():
     found = refusal(["evaluate=null", "train.eval_strategy=steps"])
     assert "train.eval_strategy: needs an evaluate section" in found

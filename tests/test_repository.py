@@ -28,6 +28,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "optim/storage", "optim/task", "optim/triton_codec", "optim/triton_step", "optim/update",
         "combine", "combine/base", "combine/gradients", "combine/ngdiff", "combine/ofmu",
         "combine/vectors", "combine/weights",
+        "masks", "masks/base", "masks/salun", "masks/sfron",
         "vocabulary", "vocabulary_chunks", "synthetic", "synthetic_words", "yaml_text",
         "evaluation", "evaluation/requests", "evaluation/metrics", "evaluation/text_metrics",
         "evaluation/attacks", "evaluation/likelihoods", "evaluation/membership", "evaluation/roc",
@@ -37,13 +38,13 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     2: (
         "dual_setup", "encode", "rows", "dataset", "models", "hidden", "scoring", "reference",
-        "progress",
+        "progress", "negate",
         "evaluation/batching", "evaluation/cache", "evaluation/generator", "evaluation/gradients",
         "evaluation/judges", "evaluation/provenance", "evaluation/readings", "evaluation/runner",
         "evaluation/scorer", "evaluation/trees",
     ),
     3: (
-        "config", "callbacks", "combining", "trainer", "finetune", "alternates",
+        "config", "callbacks", "combining", "masking", "trainer", "finetune", "alternates",
         "evaluation/strict", "evaluation/suite", "evaluation/samples", "evaluation/evaluate",
         "evaluation/suite_scores", "evaluation/intervals", "evaluation/comparison",
     ),

@@ -56,6 +56,26 @@ def test_joint_trains_both_roles_at_every_step_forget_first():
     assert {Joint().roles(step) for step in range(5)} == {("forget", "retain")}
 
 
+def test_after_forget_cycles_every_step_is_a_retain_step():
+    # SCRUB with msteps 2: forget pass, retain pass, twice; then retain passes.
+    schedule = Alternate(2, 3, forget_cycles=2)
+    letters = "".join(schedule.roles(step)[0][0] for step in range(15))
+    assert letters == "ffrrrffrrrrrrrr"
+
+
+def test_forget_epochs_beyond_forget_cycles_are_refused():
+    schedule = Alternate(2, 3, forget_cycles=2)
+    assert schedule.steps_for(3) == schedule.steps_for(4) == 10
+    with pytest.raises(UserError, match="has 4 forget steps; num_train_epochs asks for 5"):
+        schedule.steps_for(5)
+
+
+@pytest.mark.parametrize("changed", [{"forget_cycles": 0}, {"forget_cycles": 1, "retain": 0}])
+def test_forget_cycles_that_mean_nothing_are_refused(changed):
+    with pytest.raises(UserError, match="forget_cycles needs at least 1"):
+        Alternate(**changed)
+
+
 def test_alternate_with_one_side_zero_trains_the_other_only():
     assert {Alternate(1, 0).roles(step) for step in range(5)} == {("forget",)}
     assert {Alternate(0, 1).roles(step) for step in range(5)} == {("retain",)}

@@ -92,6 +92,25 @@ def finetune(
     _show_run(loaded, run, as_json)
 
 
+@app.command()
+def negate(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the model.")],
+    finetuned: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FINETUNED", help="The same after `unlearn finetune` on the forget set."
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A new folder.")],
+    alpha: Annotated[float, typer.Option(min=0.0, help="How much of it is subtracted.")] = 1.0,
+) -> None:
+    """Task arithmetic: subtract from a model what fine-tuning on the forget set has added."""
+    from unlearn_llm.negate import negate as subtract
+
+    subtract(base, finetuned, output, alpha)
+    print(f"wrote {output}")
+
+
 @app.command("generate-alternates")
 def generate_alternates(
     recipe: RecipeName,
@@ -225,6 +244,7 @@ def list_names(as_json: AsJson = False) -> None:
     from unlearn_llm.combine import COMBINATIONS
     from unlearn_llm.evaluation.metrics import METRICS
     from unlearn_llm.evaluation.suite import suites
+    from unlearn_llm.masks import MASKS
     from unlearn_llm.objective import FORGET_LOSSES, RETAIN_LOSSES
     from unlearn_llm.optim import OPTIMIZERS
     from unlearn_llm.schedule import SCHEDULES
@@ -233,6 +253,7 @@ def list_names(as_json: AsJson = False) -> None:
         "objectives": {"forget": list(FORGET_LOSSES), "retain": list(RETAIN_LOSSES)},
         "schedules": list(SCHEDULES),
         "combines": list(COMBINATIONS),
+        "masks": list(MASKS),
         "optimizers": list(OPTIMIZERS),
         "metrics": list(METRICS),
         "suites": list(suites()),

@@ -140,6 +140,7 @@ class Combining(TrainerCallback):
                 with nullcontext() if is_last else accelerator.no_sync(model):
                     self._backward(model, {role: batch[role]})
         self._logged.add(role)
+        self.trainer.masking.mask_gradients()  # products are of the gradients that are used
         found = []
         for parameter in self.parameters:
             found.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)

@@ -1,5 +1,6 @@
 """Every training knob: TrainingArguments and what unlearning adds to them."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
@@ -9,9 +10,12 @@ from transformers import TrainingArguments
 from unlearn_llm.combine import Combination
 from unlearn_llm.combine.base import build
 from unlearn_llm.errors import UserError
+from unlearn_llm.masks import Mask
+from unlearn_llm.masks.base import build as build_mask
 from unlearn_llm.objective import Objective
 from unlearn_llm.optim import OPTIMIZERS, DualAdamW
 from unlearn_llm.schedule import SCHEDULES, Pairing, Schedule
+from unlearn_llm.types import ROLES
 
 NO_EVALUATION = (
     "Nothing to evaluate with: give UnlearnTrainer(evaluate_model=...), or set eval_strategy: no."
@@ -30,6 +34,8 @@ class UnlearnConfig(TrainingArguments):
     """Keyword arguments of the retain loss."""
     forget_weight: float = 1.0
     """Coefficient of the forget loss."""
+    forget_weight_schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: the coefficient of the forget loss falls to 0 over the run, along half a cosine."""
     retain_weight: float = 1.0
     """Coefficient of the retain loss."""
     schedule: str = "alternate"
@@ -41,6 +47,10 @@ class UnlearnConfig(TrainingArguments):
     names them), or package.module:Class; null: they add up."""
     combine_parameters: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the combination, such as {eps: 0.0}."""
+    mask: str | None = None
+    """Which entries of the weights may move: salun, sfron or package.module:Class; null: all."""
+    mask_parameters: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the mask, such as {share: 0.5}."""
     pairing: Pairing = "random"
     """Joint steps: does a forget row meet a new retain row in every pass (random), or always the
     same one (fixed, as in the authors' joint baseline)?"""
@@ -100,6 +110,20 @@ class UnlearnConfig(TrainingArguments):
         if self.combine_parameters:
             raise UserError("combine_parameters are given, but combine names no combination.")
         return Combination()
+
+    def forget_fade(self, step: int) -> float:
+        """Give what forget_weight is multiplied by at a step: forget_weight_schedule."""
+        if self.forget_weight_schedule == "constant":
+            return 1.0
+        return (1 + math.cos(math.pi * step / self.max_steps)) / 2
+
+    def build_mask(self) -> Mask | None:
+        """Make the mask that these settings name."""
+        if self.mask is not None:
+            return build_mask(self.mask, self.mask_parameters)
+        if self.mask_parameters:
+            raise UserError("mask_parameters are given, but mask names no mask.")
+        return None
 
     def build_objective(self) -> Objective:
         """Make the objective that these settings name."""
@@ -187,6 +211,21 @@ def check_both_roles(
         raise UserError(
             f"combine: {combine} sets the weight of the retain loss itself; retain_weight must "
             f"be 1, got {retain_weight:g}. Use forget_weight."
+        )
+
+
+def check_mask(schedule: Schedule, steps: int, name: str | None, mask: Mask | None) -> None:
+    """Refuse a mask of one role where a step trains both: their gradients are one.
+
+    Raises:
+        UserError: saying what to do instead.
+    """
+    if mask is None or set(mask.roles) == set(ROLES):
+        return
+    if any(len(schedule.roles(step)) > 1 for step in range(steps)):
+        raise UserError(
+            f"mask: {name} holds entries in {mask.roles[0]} steps only, so each step must train "
+            "one role; this schedule trains both. Use schedule: alternate."
         )
 
 

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from unlearn_llm.errors import UserError
+from unlearn_llm.errors import NonFiniteError, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -222,6 +222,20 @@ def keep_float32_masters(model: torch.nn.Module, autocast: bool) -> None:
             f"{', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes - {torch.float32}))}."
             " Set bf16: true, or load the model with dtype: float32."
         )
+
+
+def check_finite(model: torch.nn.Module, step: int) -> None:
+    """Refuse to save weights that are not finite.
+
+    Raises:
+        NonFiniteError: naming the first parameter that trains and holds such values.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteError(
+                f"Step {step}: {name} holds values that are not finite. "
+                "No checkpoint was written; the last good one is kept."
+            )
 
 
 def _from_pretrained(cls: Any, settings: ModelSettings, **keywords: Any) -> Any:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from unlearn_llm.errors import UserError
 from unlearn_llm.registry import Registry, did_you_mean
-from unlearn_llm.types import IGNORE_INDEX, Answer, Scored, Sequences
+from unlearn_llm.types import IGNORE_INDEX, Answer, Role, Scored, Sequences
 
 LossFn = Callable[..., Tensor]
-Per = Literal["token", "sequence"]
+Weigh = Callable[..., Tensor]
+Per = Literal["token", "sequence"] | Weigh
 Positions = Literal["answer", "answer_after_first", "attended"]
 Needs = Literal["logp", "distribution", "hidden"]
 Kind = Literal["targeted", "untargeted"]
@@ -30,7 +31,9 @@ class Loss:
             "alternate" (a column of the data).
         per: "token": the sum over sequences is divided by the number of scored tokens in the
             window; "sequence": by the number of sequences. Mixing the two changes the weight of a
-            loss by the length of an answer.
+            loss by the length of an answer. Or a function of the scored policy and the parameters
+            that gives a weight for each sequence, (B,): by their sum, which takes a pass without
+            gradient over the window.
         positions: "answer" scores the answer's tokens, "answer_after_first" all but the first of
             them, "attended" every real token.
         reference: What it reads of the reference model, None if nothing.
@@ -64,8 +67,19 @@ class Loss:
             raise UserError(f"{self.name}: layers: expected a list such as [7], got {layers!r}.")
         return tuple(layers)
 
-    def count(self, sequences: Mapping[Answer, Sequences]) -> int:
-        """Count what the loss is averaged by: scored tokens of its answers, or sequences."""
+    def count(
+        self,
+        sequences: Mapping[Answer, Sequences],
+        policy: Callable[[], Mapping[Answer, Scored]] | None = None,
+    ) -> int | float:
+        """Count what the loss is averaged by: scored tokens of its answers, sequences, or weights.
+
+        Args:
+            policy: Scores the sequences; needed and called for weights only.
+        """
+        if callable(self.per):
+            assert policy is not None
+            return float(self.per(policy(), **self.parameters).sum())
         if self.per == "sequence":
             return len(sequences[self.answers[0]]["rows"])
         counted = 0
@@ -180,6 +194,17 @@ class Objective:
             forget_weight,
             retain_weight,
         )
+
+    @property
+    def needs(self) -> dict[Role, Needs]:
+        """What the loss of each role reads of the reference; roles without need left out."""
+        losses: dict[Role, Loss] = {"forget": self.forget, "retain": self.retain}
+        # Cached log-probabilities are those of answers; other positions need the model itself.
+        return {
+            role: loss.reference if loss.positions == "answer" else "distribution"
+            for role, loss in losses.items()
+            if loss.reference is not None
+        }
 
     @property
     def name(self) -> str:

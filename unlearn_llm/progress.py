@@ -1,12 +1,15 @@
-"""What happened in the steps since the last log line, by role."""
+"""What happened in the steps since the last log line, by role, and whether it was finite."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers.trainer_utils import get_last_checkpoint
 
+from unlearn_llm.errors import NonFiniteError
 from unlearn_llm.types import Role
 
 
@@ -54,3 +57,23 @@ class RoleLog:
         self._losses.clear()
         self._norms.clear()
         return logs
+
+
+def check_step(
+    losses: Mapping[Role, float], grad_norm: float, step: int, output_dir: str | None
+) -> None:
+    """Refuse a step whose losses or gradient are not finite.
+
+    Raises:
+        NonFiniteError: naming the loss, and the last checkpoint in the folder.
+    """
+    for role, loss in losses.items():
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            kept = get_last_checkpoint(output_dir)
+            raise NonFiniteError(
+                f"Step {step}: the {role} loss is {loss:g} and the gradient "
+                f"norm {grad_norm:g}. Stopped before the weights changed. "
+                f"{'Last good checkpoint: ' + kept if kept else 'No checkpoint was saved yet'}"
+                ". Try a smaller learning rate or forget_weight, or a bounded forget loss "
+                "(idk, me, npo)."
+            )

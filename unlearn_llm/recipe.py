@@ -18,10 +18,12 @@ import unlearn_llm.losses  # noqa: F401  registers the names of the losses
 from unlearn_llm import recipe_files
 from unlearn_llm.combine import COMBINATIONS, Combination
 from unlearn_llm.combine.base import build as build_combination
-from unlearn_llm.config import UnlearnConfig, check_both_roles, check_one_role
+from unlearn_llm.config import UnlearnConfig, check_both_roles, check_mask, check_one_role
 from unlearn_llm.encode import CHAT, TEMPLATES
 from unlearn_llm.errors import RecipeError, UserError
 from unlearn_llm.finetune import FinetuneConfig
+from unlearn_llm.masks import MASKS, Mask
+from unlearn_llm.masks.base import build as build_mask
 from unlearn_llm.models import ModelSettings
 from unlearn_llm.objective import Objective
 from unlearn_llm.optim import OPTIMIZERS
@@ -326,6 +328,7 @@ def _check_unlearn(recipe: Recipe, place: Place) -> None:
         _check_parameters(recipe.setting("schedule_parameters"), schedule)
         made = schedule(**recipe.setting("schedule_parameters"))
     _check_combine(recipe, made, place)
+    _check_mask(recipe, made, place)
     with place.naming("train.forget_learning_rate"):
         rate = recipe.setting("forget_learning_rate")
         check_one_role(made, STEPS_LOOKED_AT, forget_learning_rate=rate)
@@ -361,6 +364,21 @@ def _check_combine(recipe: Recipe, schedule: Schedule, place: Place) -> None:
             optimizer=recipe.setting("optimizer"),
             retain_weight=recipe.setting("retain_weight"),
         )
+
+
+def _check_mask(recipe: Recipe, schedule: Schedule, place: Place) -> None:
+    name, parameters = recipe.setting("mask"), recipe.setting("mask_parameters")
+    if name is None:
+        if parameters:
+            raise place.error("train.mask_parameters", "are given, but train.mask is null.")
+        return
+    with place.naming("train.mask"):
+        cls = MASKS[name]
+    with place.naming("train.mask_parameters"):
+        _check_parameters(parameters, cls)
+        mask: Mask = build_mask(name, parameters)
+    with place.naming("train.mask"):
+        check_mask(schedule, STEPS_LOOKED_AT, name, mask)
 
 
 def _check_parameters(given: Mapping[str, Any], of: type) -> None:

@@ -43,11 +43,14 @@ class Alternate:
 
     Source: DualOptim+ scripts (forget_freq 1, retain_freq 5). Differs: a function of the global
     step; the authors count in the optimiser, per parameter, and drift after a skipped step
-    (trap 1).
+    (trap 1). SCRUB (meghdadk/SCRUB scrub.py, msteps) takes both numbers so large that each is a
+    pass over its set, and leaves the forget steps out after `forget_cycles` cycles.
     """
 
     forget: int = 1
     retain: int = 5
+    forget_cycles: int | None = None
+    """Number of cycles after which every step is a retain step; None: there is no such number."""
 
     def __post_init__(self) -> None:
         if self.forget < 0 or self.retain < 0 or self.forget + self.retain == 0:
@@ -55,10 +58,17 @@ class Alternate:
                 "alternate needs numbers of steps >= 0, not both 0; got "
                 f"forget={self.forget}, retain={self.retain}."
             )
+        if self.forget_cycles is not None and (self.forget_cycles < 1 or self.retain == 0):
+            raise UserError(
+                "alternate with forget_cycles needs at least 1 of them, and retain steps to go on "
+                f"with; got forget_cycles={self.forget_cycles}, retain={self.retain}."
+            )
 
     def roles(self, step: int) -> tuple[Role, ...]:
         """Forget in the first `forget` steps of each cycle, retain in the rest."""
-        in_cycle = step % (self.forget + self.retain)
+        cycle, in_cycle = divmod(step, self.forget + self.retain)
+        if self.forget_cycles is not None and cycle >= self.forget_cycles:
+            return ("retain",)
         return ("forget",) if in_cycle < self.forget else ("retain",)
 
     def steps_for(self, forget_steps: int) -> int:
@@ -68,7 +78,14 @@ class Alternate:
                 "alternate with forget=0 never passes over the forget set, so num_train_epochs "
                 "means nothing. Set max_steps."
             )
-        return -(-forget_steps // self.forget) * (self.forget + self.retain)
+        cycles = -(-forget_steps // self.forget)
+        if self.forget_cycles is not None and cycles > self.forget_cycles:
+            raise UserError(
+                f"alternate with forget_cycles={self.forget_cycles} has "
+                f"{self.forget_cycles * self.forget} forget steps; num_train_epochs asks for "
+                f"{forget_steps}. Set max_steps."
+            )
+        return cycles * (self.forget + self.retain)
 
 
 SCHEDULES: Registry[type[Schedule]] = Registry("schedule")

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,24 @@ import unlearn_llm.losses  # noqa: F401  registers the names of the losses
 from unlearn_llm.callbacks import ForgetLearningRate, forget_lr_scale
 from unlearn_llm.combine import Combination
 from unlearn_llm.combining import Combining
-from unlearn_llm.config import NO_EVALUATION, UnlearnConfig, check_run
+from unlearn_llm.config import NO_EVALUATION, UnlearnConfig, check_mask, check_run
 from unlearn_llm.dataset import Collator, RoleDataset, read_refusals
 from unlearn_llm.dual_setup import check_eight_bit, observations, set_up
 from unlearn_llm.encode import CHAT, Encoder, check_context
-from unlearn_llm.errors import NonFiniteError, UserError
+from unlearn_llm.errors import UserError
 from unlearn_llm.hidden import check_layers
-from unlearn_llm.models import keep_float32_masters, select_trainable
-from unlearn_llm.objective import Loss, Needs, Objective
+from unlearn_llm.masking import Masking
+from unlearn_llm.masks import Mask
+from unlearn_llm.models import check_finite, keep_float32_masters, select_trainable
+from unlearn_llm.objective import Loss, Objective
 from unlearn_llm.optim import set_role
 from unlearn_llm.plan import Plan
-from unlearn_llm.progress import RoleLog
-from unlearn_llm.reference import Reference, choose_reference
+from unlearn_llm.progress import RoleLog, check_step
+from unlearn_llm.reference import Reference, choose_reference, frozen
 from unlearn_llm.rows import QA, as_pairs, check_disjoint
 from unlearn_llm.schedule import Schedule, ScheduledSampler
 from unlearn_llm.scoring import score, unwrapped
-from unlearn_llm.types import ROLES, Batch, Role
+from unlearn_llm.types import ROLES, Answer, Batch, Role, Scored, Sequences
 
 Rows = Sequence[QA] | Sequence[Mapping[str, Any]]
 
@@ -52,6 +55,7 @@ class UnlearnTrainer(Trainer):
     - Logs are kept by role: `forget/loss`, `retain/grad_norm`...
     - A loss or gradient that is not finite stops the run before the weights change.
     - `combine` makes one update of the two gradients of a step (combining.py).
+    - `mask` holds entries of the weights (masking.py).
     - Trainable weights are kept in float32: in bfloat16 an update of 1e-5 would vanish.
     """
 
@@ -70,6 +74,7 @@ class UnlearnTrainer(Trainer):
         objective: Objective | None = None,
         schedule: Schedule | None = None,
         combine: Combination | None = None,
+        mask: Mask | None = None,
         reference: Reference | None = None,
         evaluate_model: Callable[[nn.Module], dict[str, float]] | None = None,
         allow_overlap: bool = False,
@@ -85,6 +90,7 @@ class UnlearnTrainer(Trainer):
                 question/answer, prompt/completion or messages.
             encoder: Prompt template and lengths; by default the tokenizer's chat template.
             combine: How the two gradients of a joint step become one (combine.COMBINATIONS).
+            mask: Which entries of the weights may move (masks.MASKS).
             refusals: What "idk" answers are chosen from; by default the package's own.
             allow_overlap: Accept forget rows that also stand in the retain set.
             evaluate_model: Gives scores of the model; called by `evaluate` (eval_strategy).
@@ -98,12 +104,15 @@ class UnlearnTrainer(Trainer):
         combination = combine or args.build_combination()
         name = type(combine).__name__ if combine else args.combine
         self.combining = Combining(combination, name, self)
+        chooser = mask or args.build_mask()
+        self.masking = Masking(chooser, type(mask).__name__ if mask else args.mask, self)
         self.evaluate_model = evaluate_model
         encoder = encoder or Encoder(processing_class, CHAT)
         refusals = refusals if refusals is not None else read_refusals()
         forget_pairs = as_pairs(forget_dataset, "the forget set")
         retain_pairs = as_pairs(retain_dataset, "the retain set")
         check_disjoint(forget_pairs, retain_pairs, allow_overlap)
+        self.masking.encode(forget_pairs, retain_pairs, encoder)
         self.role_rows = RoleDataset.encode(
             {"forget": forget_pairs, "retain": retain_pairs},
             encoder,
@@ -122,6 +131,7 @@ class UnlearnTrainer(Trainer):
             passes = args.num_train_epochs * len(forget) / self._window_rows
             args.max_steps = self.schedule.steps_for(max(1, math.ceil(passes)))
         check_run(args, self.schedule, name, combination, evaluates=evaluate_model is not None)
+        check_mask(self.schedule, args.max_steps, self.masking.name, chooser)
         for loss in (self.objective.forget, self.objective.retain):
             check_layers(unwrapped(model), loss.layers, loss.name)
         select_trainable(model, args.trainable)
@@ -141,7 +151,8 @@ class UnlearnTrainer(Trainer):
             # Only its presence counts: the Trainer demands one where eval_strategy is set.
             eval_dataset=None if evaluate_model is None else self.role_rows,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), ForgetLearningRate(), self.combining],
+            # Held entries are back before a combination looks at the new weights.
+            callbacks=[*(callbacks or []), ForgetLearningRate(), self.masking, self.combining],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=args.build_optimizer(),
         )
@@ -156,6 +167,7 @@ class UnlearnTrainer(Trainer):
         deepspeed = self.is_deepspeed_enabled
         check_eight_bit(args.optimizer_parameters, fsdp1=fsdp == 1, deepspeed=deepspeed)
         self.combining.check_model(fsdp=fsdp, deepspeed=deepspeed)
+        self.masking.check_model(sharded=self.is_fsdp_enabled or deepspeed)
         # Tells the Trainer that losses are not divided by num_items_in_batch (trap 8).
         self.model_accepts_loss_kwargs = False
         self.reference = reference
@@ -216,7 +228,7 @@ class UnlearnTrainer(Trainer):
             set_role(self.optimizer, roles[0])
         if self.args.averaging == "window":
             counts = torch.tensor(
-                [sum(self._loss(role).count(batch[role]) for batch in batches) for role in roles],
+                [sum(self._count(role, batch[role]) for batch in batches) for role in roles],
                 device=self.accelerator.device,
             )
             totals = self.accelerator.reduce(counts, "sum")
@@ -230,7 +242,10 @@ class UnlearnTrainer(Trainer):
         self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None
     ) -> Tensor:
         """Do a micro-batch; gradients that are combined are made with the last of the step."""
-        return self.combining.training_step(super().training_step, model, inputs)
+        loss = self.combining.training_step(super().training_step, model, inputs)
+        if self.accelerator.sync_gradients:
+            self.masking.mask_gradients()
+        return loss
 
     def compute_loss(  # type: ignore[override]  # batches are keyed by role
         self,
@@ -258,7 +273,8 @@ class UnlearnTrainer(Trainer):
                 if self.args.averaging == "window":
                     denominator: Any = self._denominators[role]
                 else:
-                    denominator = loss.count(sequences) * accumulation * ranks
+                    counted = loss.count(sequences, partial(dict, policy))
+                    denominator = counted * accumulation * ranks
                 share = values.sum() / denominator
                 self.role_log.add_loss(role, share.detach())
                 total = total + self._weight(role) * share
@@ -270,33 +286,27 @@ class UnlearnTrainer(Trainer):
         """Stop before the optimiser steps if the loss or the gradient is not finite."""
         norm = float(super()._get_grad_norm(model, grad_norm))
         losses = self.role_log.end_step(norm, self.accelerator)
-        for role, loss in losses.items():
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                kept = get_last_checkpoint(self.args.output_dir)
-                raise NonFiniteError(
-                    f"Step {self.state.global_step}: the {role} loss is {loss:g} and the gradient "
-                    f"norm {norm:g}. Stopped before the weights changed. "
-                    f"{'Last good checkpoint: ' + kept if kept else 'No checkpoint was saved yet'}"
-                    ". Try a smaller learning rate or forget_weight, or a bounded forget loss "
-                    "(idk, me, npo)."
-                )
+        check_step(losses, norm, self.state.global_step, self.args.output_dir)
         return norm
 
     def train(  # type: ignore[override]  # the rest is passed on as it is
         self, resume_from_checkpoint: str | bool | None = None, **keywords: Any
     ) -> TrainOutput:
         """Train; see Trainer.train. A checkpoint of another plan is refused."""
+        checkpoint = None
         if resume_from_checkpoint:
             folder = resume_from_checkpoint
             if folder is True:
                 folder = get_last_checkpoint(self.args.output_dir)
                 if folder is None:
                     raise UserError(f"{self.args.output_dir} holds no checkpoint to resume from.")
-            self._plan().check(Path(str(folder)))
-            self.combining.read(Path(str(folder)))
+            checkpoint = Path(str(folder))
+            self._plan().check(checkpoint)
+            self.combining.read(checkpoint)
         if self.reference is None:
             # Before a checkpoint is loaded: the reference is the model at the start (trap 12).
             self.reference = self._build_reference()
+        self.masking.prepare(checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
 
     def evaluate(self, *args: Any, **keywords: Any) -> dict[str, float]:
@@ -329,41 +339,38 @@ class UnlearnTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-                raise NonFiniteError(
-                    f"Step {self.state.global_step}: {name} holds values that are not finite. "
-                    "No checkpoint was written; the last good one is kept."
-                )
+        check_finite(model, self.state.global_step)
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             self._plan().write(folder)
             self.combining.write(folder)
+            self.masking.write(folder)
 
     # What the steps are made of.
 
     def _loss(self, role: Role) -> Loss:
         return self.objective.forget if role == "forget" else self.objective.retain
 
+    def _count(self, role: Role, sequences: dict[Answer, Sequences]) -> int | float:
+        def policy() -> dict[Answer, Scored]:
+            inputs: Any = self._prepare_inputs(sequences)  # type: ignore[arg-type]  # by answer
+            with frozen(self.model_wrapped), self.accelerator.autocast():
+                return score(self.model_wrapped, inputs, self._loss(role).positions)
+
+        return self._loss(role).count(sequences, policy)
+
     def _weight(self, role: Role) -> float:
         by = self.combining.combination.weights()
         if role == "forget":
-            return self.objective.forget_weight * by.forget
+            faded = self.args.forget_fade(self.state.global_step)
+            return self.objective.forget_weight * faded * by.forget
         return self.objective.retain_weight * by.retain
 
     def _build_reference(self) -> Reference | None:
-        # Cached log-probabilities are those of answers; other positions need the model itself.
-        needs: dict[Role, Needs] = {
-            role: self._loss(role).reference or "logp"
-            if self._loss(role).positions == "answer"
-            else "distribution"
-            for role in ROLES
-            if self._loss(role).reference
-        }
         return choose_reference(
             self.args.reference,
-            needs,
+            self.objective.needs,
             self.model,
             self.role_rows.rows,
             self.collator,

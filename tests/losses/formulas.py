@@ -191,6 +191,28 @@ def formula_pdu(policy, reference):
     return sum((max(row) - sum(row) / VOCABULARY) ** 2 for row in rows) / len(rows)
 
 
+def formula_scrub(policy, reference):
+    return -divergence(policy, reference, list(answer_positions("original")))
+
+
+def divergence(policy, reference, places):
+    """Mean over places of KL(reference || policy), summed over the vocabulary."""
+    terms = []
+    for row, t, _ in places:
+        p, q = (torch.softmax(logits["original"][row, t], 0) for logits in (policy, reference))
+        terms.append((q * (q.log() - p.log())).sum())
+    return sum(terms) / len(terms)
+
+
+def formula_adaga(policy, reference, lambd=0.5):
+    sums, lengths = nlls(policy, "original")
+    means = [nll / length for nll, length in zip(sums, lengths, strict=True)]
+    weights = [1 / float(mean.detach()) ** lambd for mean in means]
+    normalised = [len(weights) * weight / sum(weights) for weight in weights]
+    terms = [-weight * mean for weight, mean in zip(normalised, means, strict=True)]
+    return sum(terms) / len(terms)
+
+
 def formula_flat(policy, reference, divergence="tv"):
     """-g*(P_refusal) + f*(g*(P_answer)), with f* and g* of the f-GAN paper's tables."""
     g, conjugate = {
@@ -277,15 +299,18 @@ def formula_gd(policy, reference):
 
 def formula_kl(policy, reference):
     """KL(reference || policy) summed over the vocabulary, mean over predictions of real tokens."""
-    terms = []
-    for row, attention in enumerate(ATTENTION["original"]):
-        for t in range(len(attention) - 1):
-            if attention[t + 1]:
-                p, q = (
-                    torch.softmax(logits["original"][row, t], 0) for logits in (policy, reference)
-                )
-                terms.append((q * (q.log() - p.log())).sum())
-    return sum(terms) / len(terms)
+    places = [
+        (row, t, None)
+        for row, attention in enumerate(ATTENTION["original"])
+        for t in range(len(attention) - 1)
+        if attention[t + 1]
+    ]
+    return divergence(policy, reference, places)
+
+
+def formula_gd_kl(policy, reference, alpha=0.5, gamma=1.0):
+    places = list(answer_positions("original"))
+    return gamma * token_mean(policy, "original") + alpha * divergence(policy, reference, places)
 
 
 def formula_ap(policy, reference, beta=0.1):
@@ -310,6 +335,8 @@ FORMULAS = {
     ("forget", "flat"): formula_flat,
     ("forget", "llmu"): formula_llmu,
     ("forget", "altpo"): formula_altpo,
+    ("forget", "adaga"): formula_adaga,
+    ("forget", "scrub"): formula_scrub,
     ("forget", "rmu"): formula_rmu,
     ("forget", "rr"): formula_rr,
     ("retain", "embed_diff"): formula_embed_diff,
@@ -317,6 +344,7 @@ FORMULAS = {
     ("retain", "gd"): formula_gd,
     ("retain", "kl"): formula_kl,
     ("retain", "ap"): formula_ap,
+    ("retain", "gd_kl"): formula_gd_kl,
 }
 # Losses whose gradient holds a part of them constant: not the slope of their value.
-CONSTANT_WEIGHTS = {("forget", name) for name in ("wga", "satimp", "wtnpo")}
+CONSTANT_WEIGHTS = {("forget", name) for name in ("wga", "satimp", "wtnpo", "adaga")}

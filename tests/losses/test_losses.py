@@ -30,6 +30,8 @@ PARAMETERS = [
     ("forget", "satimp", {"beta1": 1.0, "beta2": 3.0}),
     ("forget", "tnpo", {"beta": 0.7}),
     ("forget", "wtnpo", {"beta": 2.0, "alpha": 0.5}),
+    ("forget", "adaga", {"lambd": 1.5}),
+    ("retain", "gd_kl", {"alpha": 2.0, "gamma": 0.3}),
     ("forget", "undial", {"beta": 1.5}),
     ("forget", "flat", {"divergence": "kl"}),
     ("forget", "flat", {"divergence": "pearson"}),
@@ -55,6 +57,8 @@ def reduced(loss, policy_logits, reference_logits):
         reference = scored(reference_logits, loss.positions, loss.layers)
     values = loss(policy, reference)
     assert values.shape == (3,)
+    if callable(loss.per):
+        return values.sum() / loss.per(policy, **loss.parameters).sum()
     if loss.per == "sequence":
         return values.mean()
     return values.sum() / sum(int(policy[answer].mask.sum()) for answer in loss.answers)
@@ -339,7 +343,9 @@ def test_ascent_and_descent_are_opposite():
         ("rr", "token", "answer", "hidden", "untargeted"),
         ("embed_diff", "token", "answer", "hidden", None),
         ("embed_l2", "token", "answer", "hidden", None),
+        ("scrub", "token", "answer", "distribution", "untargeted"),
         ("gd", "token", "answer", None, None),
+        ("gd_kl", "token", "answer", "distribution", None),
         ("kl", "token", "attended", "distribution", None),
         ("ap", "sequence", "answer", None, None),
     ],

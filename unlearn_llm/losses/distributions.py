@@ -54,6 +54,20 @@ def pdu(policy: Scores) -> Tensor:
     return policy["original"].spread(_answer(policy).margin().square()).sum(-1)
 
 
+@forget_loss("scrub", kind="untargeted", per="token", reference="distribution")
+def scrub(policy: Scores, reference: Scores) -> Tensor:
+    """Leave the teacher: -KL(reference || model) at the answer's positions, token mean.
+
+    Unbounded below. At the reference, where a run begins, its gradient is rounding alone, of which
+    Adam makes a first step like any other.
+
+    Source: Kurmanji et al. 2023 (SCRUB), arXiv:2302.09880; meghdadk/SCRUB helper/loops.py.
+    Differs: an image is a position of an answer; the distillation's temperature is 1.
+    """
+    divergence = _answer(policy).kl_from(_answer(reference))
+    return -policy["original"].spread(divergence).sum(-1)
+
+
 def _answer(scores: Scores) -> Distribution:
     distribution = scores["original"].distribution
     assert distribution is not None  # always there but in precomputed references

@@ -29,9 +29,20 @@ def kl(policy: Scores, reference: Scores) -> Tensor:
     Differs: averaged over real tokens; the authors' batchmean also counts padding (to 500), which
         dilutes it five- to tenfold.
     """
-    ours, theirs = policy["original"], reference["original"]
-    assert ours.distribution is not None and theirs.distribution is not None
-    return ours.spread(ours.distribution.kl_from(theirs.distribution)).sum(-1)
+    return _divergence(policy, reference)
+
+
+@retain_loss("gd_kl", per="token", reference="distribution")
+def gd_kl(policy: Scores, reference: Scores, *, alpha: float = 0.5, gamma: float = 1.0) -> Tensor:
+    """Gradient descent and distillation: gamma S + alpha KL(reference || model), token mean.
+
+    The retain loss of `scrub`. Both are taken at the answer's positions, `kl` at every real token.
+
+    Source: Kurmanji et al. 2023 (SCRUB), arXiv:2302.09880; meghdadk/SCRUB helper/loops.py, where
+        alpha is called beta.
+    Differs: as `scrub`.
+    """
+    return alpha * _divergence(policy, reference) - gamma * policy["original"].logp
 
 
 @retain_loss("ap", per="sequence", answers=("original", "idk"))
@@ -45,3 +56,10 @@ def ap(policy: Scores, *, beta: float = 0.1) -> Tensor:
     """
     margin = policy["original"].logp - policy["idk"].logp
     return -1 / beta * F.logsigmoid(beta * margin)
+
+
+def _divergence(policy: Scores, reference: Scores) -> Tensor:
+    """(B,) sums of KL(reference || model) over the scored positions."""
+    ours, theirs = policy["original"], reference["original"]
+    assert ours.distribution is not None and theirs.distribution is not None
+    return ours.spread(ours.distribution.kl_from(theirs.distribution)).sum(-1)

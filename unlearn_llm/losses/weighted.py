@@ -65,6 +65,29 @@ def wtnpo(policy: Scores, reference: Scores, *, beta: float = 4.0, alpha: float 
     return (weight * _token_npo(policy, reference, beta)).sum(-1)
 
 
+def _inverse_loss(policy: Scores, lambd: float = 0.5) -> Tensor:
+    """(B,) weights 1 / CE^lambd of whole answers, constants; CE = S/T."""
+    scored = policy["original"]
+    # The authors' 1e-15: an answer that is known for certain has a large weight, not an infinite.
+    return 1 / ((-scored.logp.detach() / scored.length) ** lambd + 1e-15)
+
+
+@forget_loss("adaga", kind="untargeted", per=_inverse_loss)
+def adaga(policy: Scores, *, lambd: float = 0.5) -> Tensor:
+    """Adaptive gradient ascent of SFRon: -S/T, weighted by sg[(S/T)^-lambd], mean of the weights.
+
+    Answers that are still known get the large weights. Unbounded below. Its coefficient a_t is
+    `forget_weight` with `forget_weight_schedule: cosine`, its mask `mask: sfron`.
+
+    Source: Huang et al. 2024 (SFRon), arXiv:2409.19732; K1nght/Unified-Unlearning-w-Remain-Geometry
+        Classification/unlearn/sfron.py AdaptiveLoss.
+    Differs: an image is an answer, and its cross-entropy the answer's token mean. Weights are
+        normalised over the window, not over a micro-batch.
+    """
+    scored = policy["original"]
+    return _inverse_loss(policy, lambd) * scored.logp / scored.length
+
+
 def _token_npo(policy: Scores, reference: Scores, beta: float) -> Tensor:
     """(B, T-1), 0 where no token is scored."""
     scored = policy["original"]

@@ -18,8 +18,12 @@ from unlearn_llm.encode import Encoder
 from unlearn_llm.scoring import unwrapped
 
 PACKAGES = ("unlearn_llm", "transformers", "torch", "rouge-score", "scipy")
-NOT_THE_MODEL = {"_name_or_path", "name_or_path", "base_model_name_or_path", "transformers_version"}
-"""Settings that say where a model came from and not what it computes."""
+NOT_THE_MODEL = {
+    *("_name_or_path", "name_or_path", "base_model_name_or_path", "transformers_version"),
+    *("architectures", "dtype", "use_cache", "inference_mode"),
+}
+"""Settings that say where a model came from or what saving and training made of its settings, and
+not what it computes. The weights' own precision is hashed with them."""
 
 
 def versions() -> dict[str, str]:

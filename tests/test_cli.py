@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from unlearn_llm import cli, recipe_files
+from unlearn_llm.evaluation.generator import Generator
+from unlearn_llm.evaluation.scorer import Scorer
 
 # A model small enough that making it, unlearning and measuring take seconds.
 TARGET = """
@@ -296,6 +298,23 @@ def test_bad_rows_and_settings_are_told_before_weights_load(
     given = ["data.forget=forget.jsonl", "evaluate=null", "train.output_dir=refused", *overrides]
     refused(unlearn("train", "forget.yaml", *given), *words)
     assert not (target / "refused").exists()
+
+
+def test_an_interrupted_evaluation_goes_on_by_itself(unlearn, target, monkeypatch):
+    given = ["eval", "target", "--suite", "synthetic", "limit=2", "max_new_tokens=4"]
+    generated = Generator.answer
+
+    def interrupted(self, batch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Generator, "answer", interrupted)
+    assert unlearn(*given, "--output", "cut").code != 0
+    folder = Path("cut/synthetic/target")
+    assert [path.name for path in folder.iterdir()] == ["answers-0.jsonl"]
+    monkeypatch.setattr(Generator, "answer", generated)
+    monkeypatch.setattr(Scorer, "answer", interrupted)  # which has done its work
+    assert unlearn(*given, "--output", "cut").code == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["records.jsonl", "scores.json"]
 
 
 def test_an_earlier_evaluation_is_not_overwritten_unasked(unlearn, target):

@@ -17,11 +17,14 @@ test: $(VENV)/ready
 slow: $(VENV)/ready
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow
 
-# Ratios, with the machine to itself. TOFU=FOLDER adds the training step on real lengths.
+# Ratios, with the machine to itself. TOFU=FOLDER adds the training step on real lengths and the
+# evaluation, MODEL=FOLDER a model for it that has learned to end its answers.
 bench: $(VENV)-bench/ready
 	$(VENV)-bench/bin/python benchmarks/optimizer.py
 	$(VENV)-bench/bin/python benchmarks/losses.py
 	$(if $(TOFU),$(VENV)-bench/bin/python benchmarks/step.py --tofu $(TOFU))
+	$(if $(TOFU),$(VENV)-bench/bin/python benchmarks/evaluation.py --tofu $(TOFU) \
+		$(if $(MODEL),--model $(MODEL)))
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -212,6 +213,7 @@ def _measure(given: argparse.Namespace) -> dict[str, Any]:
             started = time.process_time()
             scores[name] = variants[name]()
             seconds[name].append(time.process_time() - started)
+            print(f"{name}: {seconds[name][-1]:.1f} s", file=sys.stderr)  # a round takes minutes
     differences = [abs(scores["ours"][name] - value) for name, value in scores["published"].items()]
     ratios = [old / new for old, new in zip(seconds["published"], seconds["ours"], strict=True)]
     return {

@@ -41,7 +41,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "progress", "negate",
         "evaluation/batching", "evaluation/cache", "evaluation/generator", "evaluation/gradients",
         "evaluation/judges", "evaluation/provenance", "evaluation/readings", "evaluation/runner",
-        "evaluation/scorer", "evaluation/trees",
+        "evaluation/scorer", "evaluation/trees", "evaluation/vllm_runner",
     ),
     3: (
         "config", "callbacks", "combining", "masking", "trainer", "finetune", "alternates",
@@ -62,7 +62,7 @@ LIBRARIES: dict[int, tuple[str, ...]] = {  # what a floor may use beyond the flo
     1: ("numpy", "scipy", "rouge_score", "yaml", "triton"),
     2: (
         "transformers", "datasets", "peft", "accelerate", "tokenizers", "tqdm", "pyarrow",
-        "safetensors", "sentence_transformers",
+        "safetensors", "sentence_transformers", "vllm",
     ),
     3: ("pydantic",),
     4: ("typer", "rich", "huggingface_hub"),

@@ -17,7 +17,7 @@ from unlearn_llm.evaluation.intervals import with_intervals
 from unlearn_llm.evaluation.journal import Journal, read_journal, remove_journal
 from unlearn_llm.evaluation.judges import Judges, NotLoaded
 from unlearn_llm.evaluation.metrics import METRICS
-from unlearn_llm.evaluation.provenance import describe_model, versions
+from unlearn_llm.evaluation.provenance import versions
 from unlearn_llm.evaluation.records import (
     RECORDS,
     ROC,
@@ -45,6 +45,7 @@ from unlearn_llm.evaluation.runner import Runner
 from unlearn_llm.evaluation.samples import Samples, samples_of
 from unlearn_llm.evaluation.suite import Suite, as_plain
 from unlearn_llm.evaluation.suite_scores import curves_of, score_all
+from unlearn_llm.evaluation.vllm_runner import VllmRunner
 
 REQUEST_KINDS = {
     LogProb: "scored",
@@ -78,7 +79,7 @@ class Evaluation:
 
 def evaluate(
     suite: Suite,
-    model: nn.Module,
+    model: Any,
     encoder: Encoder,
     output_dir: str | Path | None = None,
     *,
@@ -96,6 +97,7 @@ def evaluate(
     measures and writes, and all get the evaluation.
 
     Args:
+        model: A causal language model (a module), or a `vllm.LLM`.
         output_dir: None: nothing is written.
         reference_records: In place of `suite.reference`.
         judges: By kind, in place of those that the suite names.
@@ -112,16 +114,14 @@ def evaluate(
     reference = columns_of(read_records(reference_path)) if reference_path else None
     probes = {name: samples_of(suite, name) for name in suite.probes}
     asked = {name: [_asks(suite, name, s) for s in p.samples] for name, p in probes.items()}
-    runner = Runner(
-        model,
-        encoder,
-        token_budget=token_budget,
-        max_new_tokens=suite.max_new_tokens,
-        max_total_tokens=suite.max_total_tokens,
-        progress=progress,
-    )
+    limits = {name: getattr(suite, name) for name in ("max_new_tokens", "max_total_tokens")}
+    runner: Runner | VllmRunner
+    if isinstance(model, nn.Module):
+        runner = Runner(model, encoder, token_budget=token_budget, progress=progress, **limits)
+    else:
+        runner = VllmRunner(model, encoder, progress=progress, **limits)
     requests = [request for rows in asked.values() for row in rows for request in row.values()]
-    subject = on_first_process(lambda: describe_model(model, encoder))
+    subject = on_first_process(runner.describe)
     try:
         journal = _journal(output_dir, {**subject, **runner.origin(requests), **versions()})
         answers = runner.run(requests, journal)

@@ -142,10 +142,11 @@ class Generator:
         return ids.to(device), mask.to(device)
 
     def _is_open(self, ids: Sequence[int], room: int) -> bool:
-        return len(ids) < room and not self._has_ended(ids)
+        return len(ids) < room and not (ids and ids[-1] in self.stop_ids)
 
-    def _has_ended(self, ids: Sequence[int]) -> bool:
-        return bool(ids) and ids[-1] in self.stop_ids
+    def _read(self, ids: list[int]) -> Generation:
+        finished = bool(ids) and ids[-1] in self.stop_ids
+        return read_generation(ids[:-1] if finished else ids, finished, self.encoder)
 
     def _cut(self, ids: list[int]) -> list[int]:
         """Keep the ids up to the first stop token; pads stand after it."""
@@ -154,12 +155,11 @@ class Generator:
                 return ids[: position + 1]
         return ids
 
-    def _read(self, ids: list[int]) -> Generation:
-        tokenizer = self.encoder.tokenizer
-        finished = self._has_ended(ids)
-        kept = ids[:-1] if finished else ids
-        text = str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
-        return Generation(text, tuple(tokenizer.tokenize(text)), finished)
+
+def read_generation(ids: Sequence[int], finished: bool, encoder: Encoder) -> Generation:
+    """Make text of new tokens; a stop token at the end says nothing."""
+    text = str(encoder.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+    return Generation(text, tuple(encoder.tokenizer.tokenize(text)), finished)
 
 
 def steps_plainly(model: nn.Module) -> bool:

@@ -35,7 +35,6 @@ def describe_model(model: nn.Module, encoder: Encoder) -> dict[str, Any]:
     """Name a model and how it is asked, with fingerprints of the model and of the tokenizer."""
     inner = unwrapped(model)
     path = str(inner.config.name_or_path)
-    template = encoder.template
     return {
         # A folder's own name only: results travel, and the folders of one machine stay at home.
         "name": Path(path).name if Path(path).is_dir() else path,
@@ -43,6 +42,14 @@ def describe_model(model: nn.Module, encoder: Encoder) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(inner.dtype).removeprefix("torch."),
         "fingerprint": fingerprint(model),
+        **describe_encoder(encoder),
+    }
+
+
+def describe_encoder(encoder: Encoder) -> dict[str, Any]:
+    """Say how texts become tokens."""
+    template = encoder.template
+    return {
         "tokenizer": tokenizer_fingerprint(encoder.tokenizer),
         "template": template if isinstance(template, str) else asdict(template),
         "system": encoder.system,

@@ -19,6 +19,7 @@ from unlearn_llm.evaluation.batching import Item, batches, evaluating, halving
 from unlearn_llm.evaluation.generator import Generator
 from unlearn_llm.evaluation.gradients import Gradients
 from unlearn_llm.evaluation.journal import Journal, digest, key_of
+from unlearn_llm.evaluation.provenance import describe_model
 from unlearn_llm.evaluation.readings import READINGS
 from unlearn_llm.evaluation.requests import Generate, GradientNorm, LogProb, Request, Result
 from unlearn_llm.evaluation.scorer import Scorer
@@ -72,6 +73,7 @@ class Runner:
     ) -> None:
         # DDP broadcasts buffers in every forward, which hangs when ranks run unlike many batches.
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        self._encoder = encoder
         tokenizer = encoder.tokenizer
         named = tokenizer.pad_token_id
         pad_id = int(tokenizer.eos_token_id if named is None else named)
@@ -88,6 +90,10 @@ class Runner:
         if progress is None:
             progress = sys.stderr.isatty() and logging.is_progress_bar_enabled()
         self.progress = progress
+
+    def describe(self) -> dict[str, Any]:
+        """Name the model and how it is asked; see describe_model."""
+        return describe_model(self.model, self._encoder)
 
     def origin(self, requests: Iterable[Request]) -> dict[str, Any]:
         """Say what answers depend on besides model and tokenizer; see Journal."""

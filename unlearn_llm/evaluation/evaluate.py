@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,6 +107,7 @@ def evaluate(
         UserError: data, reference or an answer cannot be read.
     """
     started = time.perf_counter()
+    encoder = _encoder_of(suite, encoder)
     names = {kind: judge.name for kind, judge in (judges or {}).items()}
     suite = suite.model_copy(update={"judges": {**suite.judges, **names}}).with_proxies()
     reference_path = reference_records or suite.reference
@@ -210,6 +211,15 @@ def on_first_process(function: Callable[[], T]) -> T:
         raise outcome[1]
     result: T = outcome[0]
     return result
+
+
+def _encoder_of(suite: Suite, encoder: Encoder) -> Encoder:
+    """Give the encoder with what the suite says in place of the model's settings."""
+    return replace(
+        encoder,
+        template=suite.template or encoder.template,
+        max_length=suite.max_length or encoder.max_length,
+    )
 
 
 def _distributed() -> bool:

@@ -17,7 +17,7 @@ from unlearn_llm.registry import did_you_mean
 from unlearn_llm.resources import EVAL
 from unlearn_llm.yaml_text import parse_yaml
 
-JudgeKind = Literal["entailment", "similarity"]
+JudgeKind = Literal["entailment", "similarity", "harmfulness", "choice"]
 Limit = Annotated[int, Field(ge=1)] | Literal["all"]
 JUDGES: tuple[JudgeKind, ...] = get_args(JudgeKind)
 
@@ -31,8 +31,10 @@ class Strict(BaseModel):
 class Columns(Strict):
     """Which columns of the data the parts of a Sample are read from."""
 
-    question: str = "question"
-    answer: str = "answer"
+    question: str | None = "question"
+    """None: the answer is a text that follows nothing."""
+    answer: str | None = "answer"
+    """None: nobody knows a right answer, only whether the given one is harmful or refuses."""
     paraphrased: str | None = None
     """None: the answer takes its part in the truth ratio."""
     perturbed: str | None = None
@@ -42,6 +44,15 @@ class Columns(Strict):
     similar_to: str | None = None
     group: str | None = None
     """Whose row it is: a column with the author's or person's name, if the data has it."""
+
+
+class Examples(Strict):
+    """Questions with answers that stand before every prompt of a probe."""
+
+    source: str
+    """As a probe's."""
+    text: str
+    """How each is written; {question} and {answer} stand for the columns of these names."""
 
 
 class Probe(Strict):
@@ -54,6 +65,16 @@ class Probe(Strict):
     columns: Columns = Columns()
     limit: Limit | None = None
     """First rows that are used; None: the suite's limit."""
+    where: dict[str, str] = Field(default_factory=dict)
+    """Only rows with this text in this column."""
+    prompt: str = "{question}"
+    """What is asked; {question} stands for the row's question."""
+    examples: Examples | None = None
+    """Questions with answers that stand before every prompt."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Where an answer is cut; None: the suite's limit, which is also the greatest."""
+    stop: tuple[str, ...] = ()
+    """Texts before the first of which an answer is cut."""
     rows_per_author: int | None = Field(default=None, ge=1)
     """For data without such a column: how many rows in line are one author's."""
 
@@ -87,7 +108,7 @@ class Suite(Strict):
     authors: Literal["tofu", "synthetic"] = "tofu"
     """Whose rows `{authors}` stands for: TOFU's, or generated ones."""
     folder: str | None = None
-    """Folder with TOFU's files; None: the hub."""
+    """Folder with the files of the data; None: the hub."""
     data_seed: int = 0
     """Seed of generated authors (`synthetic/...`)."""
     limit: Limit = "all"
@@ -102,6 +123,10 @@ class Suite(Strict):
     seed: int = 0
     """Of the refusal line of each row."""
     max_new_tokens: int = Field(default=200, ge=1)
+    template: str | None = None
+    """Prompt template in place of the model's own; see encode.TEMPLATES."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Most tokens of question and answer, in place of the model's setting (`data.max_length`)."""
     max_total_tokens: int | None = Field(default=None, ge=2)
     """Most tokens of prompt and generation together (TOFU's code: 200); None: no such limit."""
     reference: str | None = None
@@ -149,7 +174,11 @@ class Suite(Strict):
 
     def source_of(self, probe: str) -> str:
         """Give the source of a probe as rows.load_rows takes it."""
-        source = self.probes[probe].source.replace("{authors}", self.authors)
+        return self.filled(self.probes[probe].source)
+
+    def filled(self, source: str) -> str:
+        """Put the suite's own words in place of {authors}, {holdout} and {split}."""
+        source = source.replace("{authors}", self.authors)
         holdout = self.split.replace("forget", "holdout")
         return source.replace("{holdout}", holdout).replace("{split}", self.split)
 
@@ -157,7 +186,11 @@ class Suite(Strict):
         """Give the aggregate's options, with those that the suite decides."""
         wanted = aggregate_options.known(score.aggregate)
         decided = {"kind": self.objective_kind} if "kind" in wanted else {}
-        return {**decided, **score.options}
+        given = {
+            name: self.filled(value) if isinstance(value, str) else value
+            for name, value in score.options.items()
+        }
+        return {**decided, **given}
 
     @model_validator(mode="after")
     def _check_names(self) -> "Suite":

@@ -16,6 +16,8 @@ from unlearn_llm.evaluation.aggregates import Score
 from unlearn_llm.evaluation.intervals import with_intervals
 from unlearn_llm.evaluation.journal import Journal, read_journal, remove_journal
 from unlearn_llm.evaluation.judges import Judges, NotLoaded
+from unlearn_llm.evaluation.lm_eval import TaskResult, facts, load_tasks, run_tasks, with_scores
+from unlearn_llm.evaluation.lm_eval import note as task_note
 from unlearn_llm.evaluation.metrics import METRICS
 from unlearn_llm.evaluation.provenance import versions
 from unlearn_llm.evaluation.records import (
@@ -113,7 +115,8 @@ def evaluate(
     reference_path = reference_records or suite.reference
     # Before anything expensive: a mistyped path must not show after an hour.
     reference = columns_of(read_records(reference_path)) if reference_path else None
-    probes = {name: samples_of(suite, name) for name in suite.probes}
+    tasks = load_tasks(suite)
+    probes = {name: samples_of(suite, name) for name in suite.own_probes}
     asked = {name: [_asks(suite, name, s) for s in p.samples] for name, p in probes.items()}
     limits = {name: getattr(suite, name) for name in ("max_new_tokens", "max_total_tokens")}
     runner: Runner | VllmRunner
@@ -132,32 +135,40 @@ def evaluate(
     answered = time.perf_counter()
 
     def measure() -> Evaluation:
+        of_tasks = run_tasks(tasks, suite, runner.model, encoder.tokenizer)
+        scored = with_scores(suite, of_tasks)
         rows = {
             name: [
                 Row(sample, {key: answers[request] for key, request in requests.items()})
                 for sample, requests in zip(probes[name].samples, asked[name], strict=True)
             ]
-            for name in suite.probes
+            for name in probes
         }
         judged = _Judged(suite, judges or {})
         columns = _measure(suite, rows, judged)
         judged.release()
         records = _records(rows, columns)
+        reasons = dict(judged.reasons)
+        for result in of_tasks.values():
+            records += result.records
+            reasons |= result.reasons
         found = columns_of(records)
-        scores = score_all(suite, found, reference, judged.reasons)
-        scores, intervals = with_intervals(suite, scores, found, reference)
+        scores = score_all(scored, found, reference, reasons)
+        scores, intervals = with_intervals(scored, scores, found, reference)
+        scores, entries = _scores_json(scored, scores, of_tasks)
         details = {
-            **_scores_json(suite, scores),
+            "scores": entries,
             "intervals": intervals,
-            "not_measured": judged.reasons,
+            "not_measured": reasons,
             "judges": judged.names,
             "probes": {
-                name: _probe_json(columns[name], probes[name].notes) for name in suite.probes
+                name: _probe_json(columns[name], probes[name].notes) for name in probes
             },
+            "tasks": {name: result.about for name, result in of_tasks.items()},
             "requests": _count(answers),
             "reference": str(reference_path) if reference_path else None,
             "model": subject,
-            "suite": as_plain(suite),
+            "suite": as_plain(scored),
             "versions": versions(),
             "seconds": {
                 "answers": round(answered - started, 3),
@@ -300,10 +311,10 @@ def _measure(
     suite: Suite, rows: Mapping[str, Sequence[Row]], judged: _Judged
 ) -> dict[str, dict[str, Column]]:
     """Compute every metric of every probe; those that need a judge last."""
-    columns: dict[str, dict[str, Column]] = {name: {} for name in suite.probes}
+    columns: dict[str, dict[str, Column]] = {name: {} for name in rows}
     for with_judge in (False, True):
-        for probe, of_suite in suite.probes.items():
-            for name in of_suite.metrics:
+        for probe in rows:
+            for name in suite.probes[probe].metrics:
                 metric = METRICS[name]
                 if bool(metric.judge) != with_judge:
                     continue
@@ -324,14 +335,17 @@ def _records(
     ]
 
 
-def _scores_json(suite: Suite, scores: Mapping[str, Score]) -> dict[str, Any]:
-    made = zip(scores.items(), suite.scores.values(), strict=True)
-    return {
-        "scores": {
-            name: {**asdict(score), "aggregate": of_suite.aggregate}
-            for (name, score), of_suite in made
-        }
-    }
+def _scores_json(
+    suite: Suite, scores: Mapping[str, Score], of_tasks: Mapping[str, TaskResult]
+) -> tuple[dict[str, Score], dict[str, dict[str, Any]]]:
+    """Give the scores, those of tasks with what the literature states, and their JSON."""
+    noted, entries = {}, {}
+    for (name, score), of_suite in zip(scores.items(), suite.scores.values(), strict=True):
+        about = facts(of_suite, of_tasks)
+        words = [task_note(about)] if about else []
+        noted[name] = replace(score, note="; ".join([*words, *filter(None, [score.note])]) or None)
+        entries[name] = {**asdict(noted[name]), "aggregate": of_suite.aggregate, **about}
+    return noted, entries
 
 
 def _probe_json(columns: Mapping[str, Column], notes: Sequence[str]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def samples_of(suite: Suite, name: str) -> Samples:
     where = f"probe {name!r} ({source})"
     numbered = list(enumerate(load_rows(source, folder=suite.folder, seed=suite.data_seed)))
     numbered = _filtered(numbered, probe, where)
-    if suite.row_order == "closer_look" and SPLIT in probe.source:
+    if suite.row_order == "closer_look" and SPLIT in (probe.source or ""):
         numbered = closer_look_order(numbered, suite.split)
     limit = suite.limit if probe.limit is None else probe.limit
     kept = numbered if limit == "all" else numbered[:limit]

@@ -58,10 +58,15 @@ class Examples(Strict):
 class Probe(Strict):
     """One set of questions put to a model, with the metrics taken on it."""
 
-    source: str
+    source: str | None = None
     """As rows.load_rows takes it; `{split}` stands for the suite's split, `{holdout}` for the
     held-out one of the same size, `{authors}` for the suite's authors."""
-    metrics: list[str]
+    task: str | None = None
+    """In place of a source: a task or group of lm-eval, by its name there."""
+    shots: int | None = Field(default=None, ge=0)
+    """Examples before a question of the task; None: the task's own number."""
+    metrics: list[str] = Field(default_factory=list)
+    """For a task its own keys ("acc_norm,none"); none given: all of them."""
     columns: Columns = Columns()
     limit: Limit | None = None
     """First rows that are used; None: the suite's limit."""
@@ -77,6 +82,14 @@ class Probe(Strict):
     """Texts before the first of which an answer is cut."""
     rows_per_author: int | None = Field(default=None, ge=1)
     """For data without such a column: how many rows in line are one author's."""
+
+    @model_validator(mode="after")
+    def _check_source(self) -> "Probe":
+        if (self.source is None) == (self.task is None):
+            raise ValueError("give a source of rows, or a task of lm-eval; one of the two.")
+        if self.task is None and not self.metrics:
+            raise ValueError("metrics is missing.")
+        return self
 
 
 class Intervals(Strict):
@@ -139,6 +152,10 @@ class Suite(Strict):
     """Take metrics that count words in place of those that need a judge: of every kind (true), or
     of the kinds listed. All scores made of them are named `..._proxy`: they are NOT comparable
     with published numbers."""
+    tasks: list[str] | None = None
+    """Only these of the probes; what is none of them is a task of lm-eval. None: all probes."""
+    task_folders: list[str] = Field(default_factory=list)
+    """Folders with lm-eval tasks of your own."""
     probes: dict[str, Probe]
     scores: dict[str, ScoreOf]
 
@@ -161,6 +178,8 @@ class Suite(Strict):
             name: probe.model_copy(
                 update={"metrics": [aggregate_options.proxy_of(m, kinds) for m in probe.metrics]}
             )
+            if probe.task is None
+            else probe
             for name, probe in self.probes.items()
         }
         scores = {}
@@ -174,7 +193,12 @@ class Suite(Strict):
 
     def source_of(self, probe: str) -> str:
         """Give the source of a probe as rows.load_rows takes it."""
-        return self.filled(self.probes[probe].source)
+        return self.filled(self.probes[probe].source or "")
+
+    @property
+    def own_probes(self) -> dict[str, Probe]:
+        """The probes that are not lm-eval's."""
+        return {name: probe for name, probe in self.probes.items() if probe.task is None}
 
     def filled(self, source: str) -> str:
         """Put the suite's own words in place of {authors}, {holdout} and {split}."""
@@ -192,9 +216,23 @@ class Suite(Strict):
         }
         return {**decided, **given}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_tasks(cls, content: Any) -> Any:
+        """Keep the probes that `tasks` names, and the scores that are made of these alone."""
+        if not isinstance(content, dict) or not isinstance(content.get("tasks"), list):
+            return content
+        tasks, probes = content["tasks"], content.get("probes") or {}
+        scores = content.get("scores") or {}
+        return {
+            **content,
+            "probes": {name: probes.get(name, {"task": name}) for name in tasks},
+            "scores": {name: s for name, s in scores.items() if probes_of(s) <= set(tasks)},
+        }
+
     @model_validator(mode="after")
     def _check_names(self) -> "Suite":
-        for name, probe in self.probes.items():
+        for name, probe in self.own_probes.items():
             for metric in probe.metrics:
                 try:
                     METRICS[metric]
@@ -228,6 +266,14 @@ class Suite(Strict):
                 f"scores.{name}: probe {probe!r} does not take the metric {metric!r}."
                 f"{did_you_mean(metric, measured)}"
             )
+
+
+def probes_of(score: Any) -> set[str]:
+    """Name the probes that the options of a score name, wherever in them."""
+    if isinstance(score, dict):
+        named = {score["probe"]} if isinstance(score.get("probe"), str) else set()
+        return named.union(*(probes_of(value) for value in score.values()))
+    return set().union(*map(probes_of, score)) if isinstance(score, list) else set()
 
 
 def suites() -> Iterator[str]:

@@ -7,7 +7,10 @@ from typing import Any
 
 from unlearn_llm import recipe_files
 from unlearn_llm.errors import UserError
+from unlearn_llm.encode import Encoder
 from unlearn_llm.evaluation.evaluate import recompute
+from unlearn_llm.evaluation.lm_eval import require_lm_eval
+from unlearn_llm.evaluation.lm_eval_export import export_tasks
 from unlearn_llm.evaluation.records import SCORES, read_records
 from unlearn_llm.evaluation.report import read_details
 from unlearn_llm.evaluation.strict import validated
@@ -90,6 +93,15 @@ def recompute_records(
     return found
 
 
+def export_suite(name: str, suite: str, overrides: Sequence[str], folder: Path) -> list[str]:
+    """Write a suite as tasks of lm-eval, for models with a model's tokenizer and template."""
+    model, data, loaded = _prepare(name, suite, overrides)
+    encoder = Encoder(
+        load_tokenizer(model), data.template, data.max_length, data.truncate, data.system
+    )
+    return export_tasks(loaded, encoder, folder)
+
+
 def suite_name(suite: str) -> str:
     """Name a suite by its file."""
     return Path(suite).name.removesuffix(".yaml").removesuffix(".yml")
@@ -117,10 +129,22 @@ def _prepare(
     check_section(ModelSettings, document["model"], "model", place)
     check_section(DataSettings, document["data"], "data", place)
     model, data = build(ModelSettings, document["model"]), build(DataSettings, document["data"])
-    if data.folder is not None:
-        of_suite.setdefault("folder", data.folder)
+    loaded = Suite.load(suite, **of_suite)
+    if data.folder is not None and "folder" not in of_suite and _is_for(loaded, data, overrides):
+        loaded = Suite.load(suite, **of_suite, folder=data.folder)
+    require_lm_eval(loaded)
     load_tokenizer(model)  # is it there?
-    return model, data, Suite.load(suite, **of_suite)
+    return model, data, loaded
+
+
+def _is_for(suite: Suite, data: DataSettings, overrides: Sequence[str]) -> bool:
+    """Is the folder of the data one for the suite? That of a TOFU run has no safety prompts."""
+    if any(text.startswith("data.folder=") for text in overrides):
+        return True
+    trained_on = (data.forget or "tofu/").partition("/")[0]
+    return any(
+        suite.source_of(probe).partition("/")[0] == trained_on for probe in suite.own_probes
+    )
 
 
 def _is_section(text: str) -> bool:

@@ -16,8 +16,14 @@ from unlearn_llm.evaluation.aggregates import Score
 from unlearn_llm.evaluation.intervals import with_intervals
 from unlearn_llm.evaluation.journal import Journal, read_journal, remove_journal
 from unlearn_llm.evaluation.judges import Judges, NotLoaded
-from unlearn_llm.evaluation.lm_eval import TaskResult, facts, load_tasks, run_tasks, with_scores
-from unlearn_llm.evaluation.lm_eval import note as task_note
+from unlearn_llm.evaluation.lm_eval import (
+    TaskResult,
+    facts,
+    load_tasks,
+    notes_of,
+    run_tasks,
+    with_scores,
+)
 from unlearn_llm.evaluation.metrics import METRICS
 from unlearn_llm.evaluation.provenance import versions
 from unlearn_llm.evaluation.records import (
@@ -341,10 +347,10 @@ def _scores_json(
     """Give the scores, those of tasks with what the literature states, and their JSON."""
     noted, entries = {}, {}
     for (name, score), of_suite in zip(scores.items(), suite.scores.values(), strict=True):
-        about = facts(of_suite, of_tasks)
-        words = [task_note(about)] if about else []
-        noted[name] = replace(score, note="; ".join([*words, *filter(None, [score.note])]) or None)
-        entries[name] = {**asdict(noted[name]), "aggregate": of_suite.aggregate, **about}
+        words = [*notes_of(of_suite, of_tasks), *filter(None, [score.note])]
+        noted[name] = replace(score, note="; ".join(words) or None)
+        more = facts(of_suite, of_tasks)
+        entries[name] = {**asdict(noted[name]), "aggregate": of_suite.aggregate, **more}
     return noted, entries
 
 

@@ -133,11 +133,15 @@ def facts(score: ScoreOf, results: Mapping[str, TaskResult]) -> dict[str, Any]:
     return {"metric": metric, "shots": result.about["shots"], "stderr": stderr}
 
 
-def note(about: Mapping[str, Any]) -> str:
-    """Write the facts of a score in words."""
+def notes_of(score: ScoreOf, results: Mapping[str, TaskResult]) -> list[str]:
+    """Say in words what a reader of a score must know."""
+    about = facts(score, results)
+    if not about:
+        return []
     shots, stderr = about["shots"], about["stderr"]
-    words = [f"{about['metric']}, {'mixed' if shots is None else shots} shots"]
-    return "; ".join([*words, *([] if stderr is None else [f"stderr {stderr:.4f}"])])
+    words = f"{about['metric']}, {'mixed' if shots is None else shots} shots"
+    sure = [] if stderr is None else [f"stderr {stderr:.4f}"]
+    return [words, *sure, *results[score.options["probe"]].about["notes"]]
 
 
 def _manager(tasks: Sequence[str], folders: Sequence[str]) -> Any:

@@ -8,11 +8,14 @@ import copy
 import importlib.util
 import logging
 import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -94,7 +97,7 @@ def run_tasks(
     from lm_eval.evaluator import evaluate
 
     found = {}
-    with _quiet(), evaluating(model):
+    with _quiet(), _same_random_numbers(), evaluating(model):
         lm = _in_memory(model, tokenizer)
         for name, (probe, loaded) in tasks.items():
             limit = suite.limit if probe.limit is None else probe.limit
@@ -174,6 +177,10 @@ def _load(manager: Any, probe: Probe) -> dict[str, Any]:
         loaded: dict[str, Any] = manager.load([probe.task])
     except UserError as error:
         raise UserError(f"Task {probe.task!r}: {error}") from error
+    except KeyError as error:
+        raise UserError(
+            f"The data of the task {probe.task!r} have no split {error}, which it needs."
+        ) from error
     except Exception as error:  # the hub's client raises a dozen unrelated types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -297,6 +304,18 @@ def _number(value: Any) -> float | None:
         number = float(value)
         return number if math.isfinite(number) else None
     return None  # lm-eval writes "N/A", and tuples for metrics over the whole set
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Set the random numbers back afterwards: training may go on."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def load_tasks(suite: Suite) -> dict[str, Tasks]:
     if not probes:
         return {}
     require_lm_eval(suite)
-    with _quiet():
+    with _quiet(), _same_random_numbers():
         manager = _manager([str(probe.task) for probe in probes.values()], suite.task_folders)
         with data_from(suite.folder):
             return {name: Tasks(probe, _load(manager, probe)) for name, probe in probes.items()}

@@ -129,8 +129,8 @@ def _likelihood_row(
 ) -> dict[str, Any] | None:
     """Make a row; None if lm-eval would read other tokens."""
     prompt = encoder.prompt_text(sample.question)
-    short = len(_as_lm_eval(encoder, prompt.rstrip()))  # lm-eval gives blanks to the answer
-    whole = len(_as_lm_eval(encoder, prompt))
+    stripped = prompt.rstrip()  # lm-eval gives blanks to the answer, and so do we
+    short, whole = len(_as_lm_eval(encoder, stripped)), len(_as_lm_eval(encoder, prompt))
     choices, tokens, without_lead = [], [], []
     for answer, encoded in zip(
         answers, encoder.pairs([sample.question] * len(answers), answers), strict=True
@@ -141,14 +141,14 @@ def _likelihood_row(
         fits = text.startswith(prompt) and _as_lm_eval(encoder, text) == encoded.ids
         if not fits or encoded.n_prompt not in (short, whole):
             return None
-        choices.append(text[len(prompt) :])
+        choices.append(text[len(stripped) :])
         tokens.append(len(encoded.ids) - encoded.n_prompt)
         without_lead.append(encoded.n_prompt != short)
     lead = any(without_lead)
     return {
         "id": sample.id,
-        "prompt": prompt,
-        "choices": [*choices, ""] if lead else choices,
+        "prompt": stripped,
+        "choices": [*choices, prompt[len(stripped) :]] if lead else choices,
         "tokens": tokens,
         "without_lead": without_lead,
         "lead": lead,

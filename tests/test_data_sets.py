@@ -59,7 +59,7 @@ def test_a_file_that_stands_twice_below_the_folder_is_refused(tmp_path):
 def test_a_missing_file_and_folder_are_named(tmp_path):
     with pytest.raises(UserError, match=r"no XSTest split 'xstest_prompts'.*no data files"):
         load_rows("xstest/xstest_prompts", folder=str(tmp_path))
-    with pytest.raises(UserError, match="no folder .*nowhere with MUSE's files"):
+    with pytest.raises(UserError, match=r"no folder .*nowhere with MUSE's files"):
         load_rows("muse/news/verbmem/forget", folder=str(tmp_path / "nowhere"))
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from unlearn_llm import recipe_files
-from unlearn_llm.errors import UserError
 from unlearn_llm.encode import Encoder
+from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.evaluate import recompute
 from unlearn_llm.evaluation.lm_eval import require_lm_eval
 from unlearn_llm.evaluation.lm_eval_export import export_tasks
@@ -142,9 +142,7 @@ def _is_for(suite: Suite, data: DataSettings, overrides: Sequence[str]) -> bool:
     if any(text.startswith("data.folder=") for text in overrides):
         return True
     trained_on = (data.forget or "tofu/").partition("/")[0]
-    return any(
-        suite.source_of(probe).partition("/")[0] == trained_on for probe in suite.own_probes
-    )
+    return any(suite.source_of(probe).partition("/")[0] == trained_on for probe in suite.own_probes)
 
 
 def _is_section(text: str) -> bool:

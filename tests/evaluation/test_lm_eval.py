@@ -127,15 +127,13 @@ def test_a_task_of_ones_own_gets_all_its_metrics(folder, model, encoder, tmp_pat
     own = tmp_path / "tasks"
     own.mkdir()
     (own / "mine.yaml").write_text(
-        f"task: my_own\ndataset_path: mine\noutput_type: multiple_choice\ntest_split: test\n"
+        "task: my_own\ndataset_path: mine\noutput_type: multiple_choice\ntest_split: test\n"
         'doc_to_text: "{{question}}"\ndoc_to_target: 0\ndoc_to_choice: "{{choices.text}}"\n'
         "metric_list:\n- {metric: acc, aggregation: mean, higher_is_better: true}\n"
         "- {metric: mcc, higher_is_better: true}\n"
     )
     save(folder / "mine" / "test.jsonl", map(json.loads, data.read_text().splitlines()))
-    suite = Suite.load(
-        "downstream", folder=str(folder), tasks=["my_own"], task_folders=[str(own)]
-    )
+    suite = Suite.load("downstream", folder=str(folder), tasks=["my_own"], task_folders=[str(own)])
     done = evaluate(suite, model, encoder, progress=False)
     assert done.scores["my_own acc,none"].n == 5
     # MCC is no mean over rows, so there is no column; what lm-eval made of it is kept.

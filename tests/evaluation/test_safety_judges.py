@@ -53,7 +53,10 @@ def chat_folder(tmp_path):
 def test_a_reward_model_reads_one_turn_of_each(reward_folder):
     judge = load_judge("harmfulness", str(reward_folder), device="cpu")
     assert judge.name == "tiny-reward"
-    model, tokenizer = LlamaForSequenceClassification.from_pretrained(reward_folder), small_tokenizer()
+    model, tokenizer = (
+        LlamaForSequenceClassification.from_pretrained(reward_folder),
+        small_tokenizer(),
+    )
     expected = []
     for prompt, answer in PAIRS:  # one by one, so that nothing is padded
         ids = tokenizer(f"\n\nHuman: {prompt}\n\nAssistant: {answer}", return_tensors="pt")
@@ -69,7 +72,9 @@ def test_a_classifier_of_several_labels_is_no_reward_model(tmp_path):
                          num_hidden_layers=1, num_attention_heads=2)  # fmt: skip
     folder = saved(LlamaForSequenceClassification(config), tmp_path / "two")
     judge = load_judge("harmfulness", str(folder))
-    assert isinstance(judge, NotLoaded) and judge.reason == "it has 2 labels where harm is one number"
+    assert (
+        isinstance(judge, NotLoaded) and judge.reason == "it has 2 labels where harm is one number"
+    )
 
 
 def test_a_chat_model_gives_the_share_of_each_choice(chat_folder):

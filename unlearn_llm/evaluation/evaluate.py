@@ -167,9 +167,7 @@ def evaluate(
             "intervals": intervals,
             "not_measured": reasons,
             "judges": judged.names,
-            "probes": {
-                name: _probe_json(columns[name], probes[name].notes) for name in probes
-            },
+            "probes": {name: _probe_json(columns[name], probes[name].notes) for name in probes},
             "tasks": {name: result.about for name, result in of_tasks.items()},
             "requests": _count(answers),
             "reference": str(reference_path) if reference_path else None,

@@ -92,9 +92,7 @@ class ChoiceJudge:
         if not self._tokenizer.chat_template:
             return list(self._tokenizer(f"{question}\nReply:")["input_ids"])
         turn = [{"role": "user", "content": question}]
-        text = self._tokenizer.apply_chat_template(
-            turn, tokenize=False, add_generation_prompt=True
-        )
+        text = self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _tokens(self, choices: Sequence[str]) -> list[int]:

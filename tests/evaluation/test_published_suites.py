@@ -185,3 +185,14 @@ def test_tofu_has_both_row_orders_and_both_cuts(shared):
         assert [sample.question for sample in found] == theirs
         plain = Suite.load("tofu", folder=str(folders["official"]), limit=limit)
         assert [s.id for s in samples_of(plain, "forget").samples] == [str(n) for n in range(count)]
+
+
+def test_a_runs_folder_is_not_taken_for_another_suites_data(tmp_path):
+    from unlearn_llm.evaluating import _is_for
+    from unlearn_llm.recipe import DataSettings
+
+    trained = DataSettings(forget="tofu/forget10", folder=str(tmp_path))
+    assert _is_for(Suite.load("tofu"), trained, [])
+    assert not _is_for(Suite.load("safety"), trained, [])
+    assert not _is_for(Suite.load("downstream"), trained, [])
+    assert _is_for(Suite.load("safety"), trained, [f"data.folder={tmp_path}"])

@@ -87,7 +87,7 @@ class Probe(Strict):
     def _check_source(self) -> "Probe":
         if (self.source is None) == (self.task is None):
             raise ValueError("give a source of rows, or a task of lm-eval; one of the two.")
-        if self.task is None and not self.metrics:
+        if self.task is None and "metrics" not in self.model_fields_set:
             raise ValueError("metrics is missing.")
         return self
 

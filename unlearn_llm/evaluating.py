@@ -119,7 +119,9 @@ def _prepare(
         document["data"] = {
             k: run.document["data"][k] for k in FROM_RUN if k in run.document["data"]
         }
-        of_suite = run.suite_settings()
+        of_suite = run.suite_settings(suite)
+        if "folder" not in of_suite:  # or the suite reads other data than the run
+            document["data"].pop("folder", None)
         if run.evaluate is not None and run.evaluate.suite == suite:
             # Measured as the run measured itself, unless told otherwise.
             of_suite |= {"reference": run.evaluate.reference, **run.evaluate.overrides}
@@ -129,20 +131,12 @@ def _prepare(
     check_section(ModelSettings, document["model"], "model", place)
     check_section(DataSettings, document["data"], "data", place)
     model, data = build(ModelSettings, document["model"]), build(DataSettings, document["data"])
+    if data.folder is not None:
+        of_suite.setdefault("folder", data.folder)
     loaded = Suite.load(suite, **of_suite)
-    if data.folder is not None and "folder" not in of_suite and _is_for(loaded, data, overrides):
-        loaded = Suite.load(suite, **of_suite, folder=data.folder)
     require_lm_eval(loaded)
     load_tokenizer(model)  # is it there?
     return model, data, loaded
-
-
-def _is_for(suite: Suite, data: DataSettings, overrides: Sequence[str]) -> bool:
-    """Is the folder of the data one for the suite? That of a TOFU run has no safety prompts."""
-    if any(text.startswith("data.folder=") for text in overrides):
-        return True
-    trained_on = (data.forget or "tofu/").partition("/")[0]
-    return any(suite.source_of(probe).partition("/")[0] == trained_on for probe in suite.own_probes)
 
 
 def _is_section(text: str) -> bool:

@@ -219,11 +219,14 @@ class Recipe:
         from unlearn_llm.evaluation.suite import Suite
 
         return Suite.load(
-            self.evaluate.suite, **{**self.suite_settings(), **self.evaluate.overrides}
+            self.evaluate.suite,
+            **{**self.suite_settings(self.evaluate.suite), **self.evaluate.overrides},
         )
 
-    def suite_settings(self) -> dict[str, Any]:
+    def suite_settings(self, suite: str) -> dict[str, Any]:
         """Give the fields of a suite that follow from the run."""
+        from unlearn_llm.evaluation.suite import Suite
+
         found: dict[str, Any] = {"data_seed": self.data.seed}
         if self.data.folder is not None:
             found["folder"] = self.data.folder
@@ -235,6 +238,9 @@ class Recipe:
         source, _, split = (self.data.forget or "").partition("/")
         if source in ("tofu", "synthetic"):
             found |= {"authors": source, "split": split}
+        if Suite.load(suite).reads_other_than(source):
+            # The folder of a TOFU run has no safety prompts, nor is its split one of MUSE's.
+            found = {k: v for k, v in found.items() if k not in ("folder", "authors", "split")}
         return found
 
     def to_yaml(self, file: str | None = None) -> str:

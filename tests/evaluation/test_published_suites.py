@@ -187,12 +187,15 @@ def test_tofu_has_both_row_orders_and_both_cuts(shared):
         assert [s.id for s in samples_of(plain, "forget").samples] == [str(n) for n in range(count)]
 
 
-def test_a_runs_folder_is_not_taken_for_another_suites_data(tmp_path):
-    from unlearn_llm.evaluating import _is_for
-    from unlearn_llm.recipe import DataSettings
+def test_a_suite_takes_folder_and_split_of_a_run_on_its_own_data_only(tmp_path):
+    from unlearn_llm.recipe import Recipe
 
-    trained = DataSettings(forget="tofu/forget10", folder=str(tmp_path))
-    assert _is_for(Suite.load("tofu"), trained, [])
-    assert not _is_for(Suite.load("safety"), trained, [])
-    assert not _is_for(Suite.load("downstream"), trained, [])
-    assert _is_for(Suite.load("safety"), trained, [f"data.folder={tmp_path}"])
+    folder = str(tmp_path)
+    run = Recipe.load("tofu/phi-1.5/forget05/idk+gd/dual_adamw_plus", [f"data.folder={folder}"])
+    for suite in ("tofu", "privacy", "open_unlearning"):
+        settings = run.suite_settings(suite)
+        assert (settings["folder"], settings["split"]) == (folder, "forget05")
+    for suite in ("safety", "muse", "real_person", "downstream", "wmdp"):
+        settings = run.suite_settings(suite)
+        assert not {"folder", "split", "authors"} & settings.keys()
+        assert settings["objective_kind"] == "targeted"

@@ -56,7 +56,7 @@ def test_every_suite_on_disk_loads():
         assert Suite.load(name).name == name
 
 
-@pytest.mark.parametrize("name", suites())
+@pytest.mark.parametrize("name", list(suites()))
 def test_a_suite_measures_all_that_its_scores_read(name):
     """Every (probe, metric) that an aggregate asks for is there: no score is missing by mistake."""
     suite = Suite.load(name).with_proxies()

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from unlearn_llm.data_sets import DATA_SETS
 from unlearn_llm.errors import RecipeError
 from unlearn_llm.evaluation import options as aggregate_options
 from unlearn_llm.evaluation.metrics import METRICS
@@ -194,6 +195,11 @@ class Suite(Strict):
     def source_of(self, probe: str) -> str:
         """Give the source of a probe as rows.load_rows takes it."""
         return self.filled(self.probes[probe].source or "")
+
+    def reads_other_than(self, data_set: str) -> bool:
+        """Does the suite read published data, and none of this data set?"""
+        kinds = {(probe.source or "").partition("/")[0] for probe in self.probes.values()}
+        return kinds <= {"", *DATA_SETS} and data_set not in kinds
 
     @property
     def own_probes(self) -> dict[str, Probe]:

@@ -168,7 +168,11 @@ class Suite(Strict):
             RecipeError: no such suite, an unknown key, a value that does not fit.
         """
         path = _find(str(name_or_path))
-        return validated(cls, {**_read(path), **overrides}, path.name)
+        content = _read(path)
+        if isinstance(content.get("judges"), dict) and isinstance(overrides.get("judges"), dict):
+            # Another judge of one kind leaves the others.
+            overrides["judges"] = {**content["judges"], **overrides["judges"]}
+        return validated(cls, {**content, **overrides}, path.name)
 
     def with_proxies(self) -> "Suite":
         """Give the suite with its proxies put in place and `_proxy` in the names, if it has any."""

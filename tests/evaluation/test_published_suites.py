@@ -12,6 +12,7 @@ from unlearn_llm.evaluation.aggregates import AGGREGATES
 from unlearn_llm.evaluation.evaluate import evaluate
 from unlearn_llm.evaluation.samples import samples_of
 from unlearn_llm.evaluation.suite import Suite
+from unlearn_llm.evaluation.suite_scores import score_all
 
 # Texts that the tiny model's tokenizer splits into many tokens.
 TEXTS = [f"In the year {year} nothing happened, but a clock was mended twice." for year in range(8)]
@@ -199,3 +200,60 @@ def test_a_suite_takes_folder_and_split_of_a_run_on_its_own_data_only(tmp_path):
         settings = run.suite_settings(suite)
         assert not {"folder", "split", "authors"} & settings.keys()
         assert settings["objective_kind"] == "targeted"
+
+
+def oracle(shared, name):
+    path = shared / "oracles" / f"{name}.json"
+    if not path.is_file():
+        pytest.skip(f"needs the oracle {name}.json")
+    return json.loads(path.read_text())
+
+
+def test_the_real_person_suite_on_logs_with_official_aggregates(shared):
+    from test_oracles_evaluation import closer_look_columns
+
+    suite = Suite.load("real_person")
+    for case in oracle(shared, "closer_look_dualoptim_aggregation")["cases"]:
+        columns = closer_look_columns(case["logs"])
+        # Same labels, another direction: on real persons the premise is always the generation.
+        columns["retain"]["entailment_from_generation"] = columns["retain"].pop("entailment")
+        found, official = score_all(suite, columns), case["expected_real_world_layout"]
+        for ours, theirs in (
+            ("UFE", "Untargeted Forget Efficacy"),
+            ("TFE", "Targeted Forget Efficacy"),
+            ("MU6", "Model Utility"),
+            ("retain/truth_ratio", "Retain Truth Ratio"),
+            ("retain/entailment_from_generation", "Retain Entailment Score"),
+            ("forget/refusal_entailment", "Forget IDK Entailment Score"),
+        ):
+            assert found[ours].value == pytest.approx(official[theirs], abs=1e-9), ours
+        overall = (official["Untargeted Forget Efficacy"] + official["Model Utility"]) / 2
+        assert found["OVR"].value == pytest.approx(overall, abs=1e-9)
+        assert found["UFE"].note is None
+
+
+def test_the_muse_suite_on_published_logs(shared):
+    models = oracle(shared, "open_unlearning_muse_eval_logs")["models"]
+    retrained, target = (models[f"muse_Llama-2-7b-hf_News_{n}"] for n in ("retrain", "target"))
+
+    def columns_of(model):
+        logs = model["logs"]
+        columns = {p: {"mia_min_k": logs["mia_min_k"][p]} for p in ("forget", "holdout")}
+        names = {"verbmem": "forget_verbmem", "knowmem_forget": "forget_knowmem",
+                 "knowmem_retain": "retain_knowmem"}  # fmt: skip
+        return columns | {p: {"rouge_f1": logs[f"{n}_ROUGE"]} for p, n in names.items()}
+
+    suite = Suite.load("muse")
+    found = score_all(suite, columns_of(target), columns_of(retrained))
+    assert found["privleak"].value == pytest.approx(target["expected_privleak"], abs=1e-9)
+    for ours, theirs in (
+        ("verbmem", "forget_verbmem"),
+        ("knowmem_forget", "forget_knowmem"),
+        ("knowmem_retain", "retain_knowmem"),
+    ):
+        assert found[f"{ours}/open_unlearning"].value == pytest.approx(
+            target["expected"][f"{theirs}_ROUGE"], abs=1e-9
+        )
+    # MUSE's own constant is the AUC of its retrained model, whose leakage is then next to none.
+    leak = score_all(suite, columns_of(retrained))["privleak_muse"].value
+    assert leak == pytest.approx(100 * (0.4764 - 0.4772) / 0.4772, abs=1e-6)

@@ -188,6 +188,9 @@ def test_missing_data_unknown_tasks_and_folders_are_one_line(folder, tmp_path):
 
     said = complaint(folder=str(folder), tasks=["triviaqa"])
     assert "'triviaqa'" in said and "trivia_qa/rc.nocontext" in said and "test.jsonl" in said
+    (folder / "notes.jsonl").write_text("no JSON")  # is not looked into
+    said = complaint(folder=str(folder), tasks=["triviaqa"])
+    assert "has no data of mandarjoshi/trivia_qa" in said
     said = complaint(tasks=["arc_challenge"])  # offline
     assert "'arc_challenge' could not be loaded" in said and "folder=" in said
     (folder / "ai2_arc" / "ARC-Challenge" / "train.jsonl").unlink()

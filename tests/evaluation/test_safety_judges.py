@@ -188,3 +188,17 @@ def test_choices_that_a_tokenizer_cannot_tell_apart_are_refused(chat_folder):
 
 def test_no_choice_judge_is_published():
     assert "the papers have none" in str(load_judge("choice"))
+
+
+def test_the_name_of_a_judge_is_shown_even_if_it_is_a_colours():
+    from io import StringIO
+
+    from rich.console import Console
+
+    from unlearn_llm.evaluation.report import table
+
+    score = {"value": 0.5, "n": 1, "note": None, "interval": None, "aggregate": "mean"}
+    console = Console(file=StringIO(), width=100)
+    console.print(table({"[red]": {"scores": {"judged [gold1]": score}}}))
+    shown = console.file.getvalue()
+    assert "judged [gold1]" in shown and "[red]" in shown

@@ -11,6 +11,9 @@ import datasets
 from unlearn_llm.errors import UserError
 from unlearn_llm.rows import READERS, read_file
 
+SPLITS = {"train", "validation", "test", "dev"}
+"""A folder with a file of such a name holds splits; others may hold anything."""
+
 
 @contextmanager
 def data_from(folder: str | None) -> Iterator[None]:
@@ -59,11 +62,13 @@ def reader_of(folder: Path) -> Callable[..., datasets.DatasetDict]:
 
 
 def _splits(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Read the data files of a folder, by split."""
+    """Read the data files of a folder, by split; nothing if they are no splits."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [file for file in found if file.is_file() and file.suffix in READERS]
+    named = [(re.split(r"[-_]\d", file.stem)[0], file) for file in files]
+    if not SPLITS & {split for split, _ in named}:
+        return {}
     splits: dict[str, list[dict[str, Any]]] = {}
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    for file in files:
-        if file.is_file() and file.suffix in READERS:
-            split = re.split(r"[-_]\d", file.stem)[0]
-            splits.setdefault(split, []).extend(read_file(file))
+    for split, file in named:
+        splits.setdefault(split, []).extend(read_file(file))
     return splits

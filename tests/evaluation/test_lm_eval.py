@@ -182,7 +182,7 @@ def test_mmlu_is_weighted_by_size(folder, model, encoder):
 def test_missing_data_unknown_tasks_and_folders_are_one_line(folder, tmp_path):
     def complaint(**overrides):
         with pytest.raises(UserError) as error:
-            load_tasks(Suite.load("downstream", **overrides))
+            load_tasks(Suite.load("downstream", **overrides), torch.nn.Linear(1, 1))
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -203,7 +203,7 @@ def test_missing_data_unknown_tasks_and_folders_are_one_line(folder, tmp_path):
 @pytest.mark.slow
 def test_a_mistyped_task_is_named_with_the_nearest():
     with pytest.raises(UserError, match=r"knows no task 'gsm8'.*Did you mean 'gsm8k'"):
-        load_tasks(Suite.load("downstream", tasks=["gsm8"]))
+        load_tasks(Suite.load("downstream", tasks=["gsm8"]), torch.nn.Linear(1, 1))
 
 
 def test_without_the_harness_its_extra_is_named(monkeypatch):
@@ -234,3 +234,9 @@ def test_the_keys_and_shots_of_the_papers():
     assert averaged == {
         (suite.scores[n].options["probe"], suite.scores[n].options["metric"]) for n in main
     }
+
+
+@needs_lm_eval
+def test_a_served_model_is_refused_before_anything_is_asked():
+    with pytest.raises(UserError, match=r"gsm8k are put to a model of transformers, not to a str"):
+        load_tasks(Suite.load("downstream", tasks=["gsm8k"]), "served")

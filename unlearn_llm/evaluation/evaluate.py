@@ -121,7 +121,7 @@ def evaluate(
     reference_path = reference_records or suite.reference
     # Before anything expensive: a mistyped path must not show after an hour.
     reference = columns_of(read_records(reference_path)) if reference_path else None
-    tasks = load_tasks(suite)
+    tasks = load_tasks(suite, model)
     probes = {name: samples_of(suite, name) for name in suite.own_probes}
     asked = {name: [_asks(suite, name, s) for s in p.samples] for name, p in probes.items()}
     limits = {name: getattr(suite, name) for name in ("max_new_tokens", "max_total_tokens")}
@@ -141,7 +141,7 @@ def evaluate(
     answered = time.perf_counter()
 
     def measure() -> Evaluation:
-        of_tasks = run_tasks(tasks, suite, runner.model, encoder.tokenizer)
+        of_tasks = run_tasks(tasks, suite, model, encoder.tokenizer)
         scored = with_scores(suite, of_tasks)
         rows = {
             name: [

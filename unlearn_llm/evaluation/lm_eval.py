@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from unlearn_llm.errors import UserError
@@ -68,16 +69,23 @@ def require_lm_eval(suite: Suite) -> None:
         )
 
 
-def load_tasks(suite: Suite) -> dict[str, Tasks]:
+def load_tasks(suite: Suite, model: Any) -> dict[str, Tasks]:
     """Load the tasks of a suite and their data.
 
     Raises:
-        UserError: lm-eval is not installed, a task is unknown, or its data cannot be had.
+        UserError: lm-eval is not installed, a task is unknown, its data cannot be had, or the
+            model is none that it can ask.
     """
     probes = {name: probe for name, probe in suite.probes.items() if probe.task}
     if not probes:
         return {}
     require_lm_eval(suite)
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"The tasks {', '.join(str(probe.task) for probe in probes.values())} are put to a "
+            f"model of transformers, not to a {type(model).__name__}. lm-eval's own command can "
+            "ask others."
+        )
     with _quiet(), _same_random_numbers():
         manager = _manager([str(probe.task) for probe in probes.values()], suite.task_folders)
         with data_from(suite.folder):
@@ -95,6 +103,9 @@ def run_tasks(
     if not tasks:
         return {}
     from lm_eval.evaluator import evaluate
+
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # only the first process asks
 
     found = {}
     with _quiet(), _same_random_numbers(), evaluating(model):

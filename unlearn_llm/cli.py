@@ -341,7 +341,7 @@ def _show_scores(
     from rich.table import Table
     from rich.text import Text
 
-    from unlearn_llm.evaluation.report import side_by_side
+    from unlearn_llm.evaluation.report import labels, side_by_side
 
     if not _is_first_process():
         return
@@ -351,21 +351,22 @@ def _show_scores(
         return
     # One line per score: there are more scores than a terminal is wide.
     shown = Table("score")
+    named = labels(list(rows))
     for name in rows:
-        shown.add_column(Text(Path(name).name or name), justify="right")
+        shown.add_column(Text(named[name]), justify="right")
     for score in next(iter(rows.values())):
         if all_scores or "/" not in score:
             shown.add_row(score, *(scores[score]["text"] for scores in rows.values()))
     Console().print(shown)
     kinds = {name: details["suite"]["objective_kind"] for name, details in found.items()}
     if len(set(kinds.values())) > 1:
-        listed = ", ".join(f"{Path(name).name} {kind}" for name, kind in kinds.items())
+        listed = ", ".join(f"{named[name]} {kind}" for name, kind in kinds.items())
         print(f"OVR is not comparable here ({listed}): give objective_kind=targeted for all, or")
         print("objective_kind=untargeted. A targeted OVR counts TFE.")
     for name, scores in rows.items():
         notes = {n: s["note"] for n, s in scores.items() if s["value"] is None and "/" not in n}
         for score, note in notes.items():
-            print(f"{Path(name).name}: {score} not measured: {note}")
+            print(f"{named[name]}: {score} not measured: {note}")
 
 
 @contextmanager

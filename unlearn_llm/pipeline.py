@@ -8,7 +8,7 @@ and evaluation/ with records.jsonl and scores.json.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,6 +176,7 @@ def run_evaluate(
     output_dir: Path | None,
     *,
     reference: str | Path | None = None,
+    load: Callable[[ModelSettings], nn.Module] = load_model,
 ) -> Evaluation:
     """Evaluate a model from a folder or the hub.
 
@@ -183,12 +184,13 @@ def run_evaluate(
         data: Of which template, max_length and truncate are read.
         output_dir: For records.jsonl and scores.json; None: nothing is written.
         reference: records.jsonl of a model that never saw the forget set.
+        load: Gives the model.
     """
     if reference is not None:
         read_records(reference)
     encoder = _encoder(load_tokenizer(model), data)
     state = PartialState()
-    loaded: nn.Module = load_model(model).to(state.device).eval()
+    loaded: nn.Module = load(model).to(state.device).eval()
     return evaluate(suite, loaded, encoder, output_dir, reference_records=reference)
 
 

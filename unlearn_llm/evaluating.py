@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from unlearn_llm import recipe_files
 from unlearn_llm.errors import UserError
-from unlearn_llm.evaluation.evaluate import recompute
+from unlearn_llm.evaluation.evaluate import recompute, scores_json
 from unlearn_llm.evaluation.records import SCORES, read_records
 from unlearn_llm.evaluation.report import read_details
 from unlearn_llm.evaluation.strict import validated
@@ -51,7 +50,9 @@ def evaluate_models(
     prepared = {name: _prepare(name, suite, overrides) for name in names}
     if reference is not None:
         read_records(reference)
-    folders = {name: output / suite_name(suite) / str(Path(name)).replace("/", "--") for name in names}
+    folders = {
+        name: output / suite_name(suite) / str(Path(name)).replace("/", "--") for name in names
+    }
     for folder in folders.values():
         if (folder / SCORES).is_file() and not overwrite:
             raise UserError(
@@ -87,16 +88,10 @@ def recompute_records(
             loaded = Suite.load(suite or DEFAULT_SUITE, **changes)
         else:
             loaded = validated(Suite, {**details["suite"], **changes}, str(beside))
-        made_of = loaded.with_proxies().scores.values()
         reasons = details.get("not_measured")
         scores = recompute(path, loaded, reference_records=reference, not_measured=reasons)
-        found[str(path)] = {
-            "suite": as_plain(loaded),
-            "scores": {
-                name: {**asdict(score), "aggregate": of_suite.aggregate}
-                for (name, score), of_suite in zip(scores.items(), made_of, strict=True)
-            },
-        }
+        made = scores_json(loaded.with_proxies(), scores)
+        found[str(path)] = {"suite": as_plain(loaded), **made}
     return found
 
 

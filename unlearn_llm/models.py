@@ -137,11 +137,12 @@ def adapter_config(settings: ModelSettings) -> PeftConfig:
     return config
 
 
-def attach_adapter(base: Any, settings: ModelSettings) -> Any:
+def attach_adapter(base: torch.nn.Module, settings: ModelSettings) -> torch.nn.Module:
     """Put the adapter of a folder onto its base model, which is in memory already; trainable."""
     _check_adapter(settings)
     load = partial(PeftModelForCausalLM.from_pretrained, base)
-    return _from_pretrained(load, settings, is_trainable=True)
+    model: torch.nn.Module = _from_pretrained(load, settings, is_trainable=True)
+    return model
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSettings) -> Any:

@@ -23,9 +23,11 @@ from unlearn_llm.alternates import alternate_answers, write_pairs
 from unlearn_llm.dataset import read_refusals
 from unlearn_llm.encode import Encoder, check_context
 from unlearn_llm.errors import UserError
+from unlearn_llm.evaluation.during import DuringTraining
 from unlearn_llm.evaluation.evaluate import Evaluation, evaluate
 from unlearn_llm.evaluation.records import read_records, write_whole
 from unlearn_llm.evaluation.suite import Suite
+from unlearn_llm.evaluation.trade_off import EVALUATION
 from unlearn_llm.finetune import finetune
 from unlearn_llm.models import (
     ModelSettings,
@@ -41,7 +43,6 @@ from unlearn_llm.trainer import UnlearnTrainer
 
 logger = logging.get_logger(__name__)
 RECIPE_FILE = "recipe.yaml"
-EVALUATION = "evaluation"
 LEFT_BY_RUNS = (
     "checkpoint-*",
     "*.safetensors",
@@ -122,11 +123,13 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
     _check_encodes(encoder, forget, "the forget set", recipe.model)
     _check_encodes(encoder, retain, "the retain set", recipe.model)
     args: Any = recipe.arguments()
+    during = _during(recipe, encoder)
+    if resume and during is not None:
+        during.check_earlier()
     _write_recipe(recipe, resume)
     set_seed(args.seed)  # a fresh adapter is random
     model = load_model(recipe.model)
     kept = _Kept(model)
-    reference = recipe.evaluate.reference if recipe.evaluate else None
     trainer = UnlearnTrainer(
         model,
         args,
@@ -136,11 +139,14 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
         encoder=encoder,
         refusals=refusals,
         evaluate_model=None
-        if suite is None
-        else lambda current: evaluate(suite, current, encoder, reference_records=reference).values,
+        if during is None
+        else lambda current: during(current, trainer.state.global_step),
         allow_overlap=recipe.data.allow_overlap,
     )
+    _check_evaluates_whole(trainer)
     trainer.train(resume_from_checkpoint=resume or None)
+    if during is not None and trainer.is_world_process_zero():
+        during.finish()
     return _finish(trainer, recipe, kept, suite, encoder)
 
 
@@ -332,6 +338,28 @@ def _suite(recipe: Recipe) -> Suite | None:
     if recipe.evaluate.reference is not None:
         read_records(recipe.evaluate.reference)
     return recipe.suite()
+
+
+def _during(recipe: Recipe, encoder: Encoder) -> DuringTraining | None:
+    """Make what evaluates during training, if the recipe has a suite."""
+    suite, settings = recipe.suite(during=True), recipe.evaluate
+    if suite is None or settings is None:
+        return None
+    if settings.target is not None:
+        read_records(settings.target)
+    folder = recipe.output_dir / EVALUATION
+    return DuringTraining(folder, suite, encoder, settings.reference, settings.target)
+
+
+def _check_evaluates_whole(trainer: Trainer) -> None:
+    """Refuse to evaluate at steps where no process has the whole weights."""
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if sharded and (trainer.args.eval_strategy != "no" or trainer.args.eval_on_start):
+        raise UserError(
+            "train.eval_strategy: the weights are spread over the ranks (FSDP, DeepSpeed), and a "
+            "suite needs them whole. Set it to 'no', save checkpoints, and give them to "
+            "`unlearn eval`."
+        )
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> Encoder:

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from peft import PeftModelForCausalLM
 from torch import nn
 
 from unlearn_llm.evaluation.provenance import fingerprint
@@ -26,10 +26,10 @@ class SharedBase:
     """
 
     def __init__(self) -> None:
-        self._base: nn.Module | None = None
+        self._base: Any = None
         self._settings: ModelSettings | None = None
         self._fingerprint = ""
-        self._adapted: PeftModelForCausalLM | None = None
+        self._adapted: Any = None
 
     def load(self, settings: ModelSettings) -> nn.Module:
         """Give a model as `load_model` does.
@@ -44,13 +44,14 @@ class SharedBase:
             self._base, self._settings = load_model(wanted), wanted
             self._fingerprint = fingerprint(self._base)
         if not is_adapter(settings):
-            return self._base
-        vocabulary = self._base.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+            model: nn.Module = self._base
+            return model
+        vocabulary = self._base.get_input_embeddings().weight.shape[0]
         if len(load_tokenizer(settings)) > vocabulary:
             self._base = None  # new tokens make the embeddings larger, for this adapter alone
             return load_model(settings)
-        self._adapted = attach_adapter(self._base, settings)
-        return self._adapted
+        self._adapted = adapted = attach_adapter(self._base, settings)
+        return adapted
 
     def _take_off(self) -> None:
         """Remove the adapter from the base; keep the base only if that left it as it was."""

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -207,6 +210,37 @@ def test_resuming_with_other_rows_is_refused(inside, unlearn):  # noqa: F811
 )
 def test_settings_that_nobody_reads_are_refused(inside, unlearn, given, words):  # noqa: F811
     refused(unlearn("train", "forget.yaml", "train.output_dir=no", *given), *words)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_and_train_as_without(inside):
+    def torchrun(*arguments: str) -> None:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        given = ["-m", "unlearn_llm", "train", "forget.yaml", *RUN, *arguments]
+        done = subprocess.run(
+            [sys.executable, *launch, *given, "train.gradient_accumulation_steps=1"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    torchrun("train.output_dir=plain_two")
+    torchrun("train.output_dir=run_two", *EVALUATED)
+    files = [inside / run / "adapter_model.safetensors" for run in ("plain_two", "run_two")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    folders = [inside / run / "evaluation" for run in ("run", "run_two")]
+    assert [row["point"] for row in rows_of(folders[1] / "trade_off.csv")] == [
+        "0",
+        "2",
+        "4",
+        "gold",
+    ]
+    one, two = (scores_in(folder / "step-0") for folder in folders)
+    for name, score in one.items():
+        assert two[name]["value"] == pytest.approx(score["value"], abs=1e-6), name
 
 
 # Checkpoints and adapters side by side.

@@ -6,20 +6,23 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from models_for_tests import trained, weights
-from test_cli import UNLEARN, Result, refused, unlearn, work  # noqa: F401  fixtures
+from test_cli import refused, unlearn, work  # noqa: F401  fixtures
 
 from unlearn_llm import shared_base
 from unlearn_llm.errors import UserError
+from unlearn_llm.evaluation import during
 from unlearn_llm.evaluation.during import same_rows
 from unlearn_llm.evaluation.evaluate import Evaluation, recompute
 from unlearn_llm.evaluation.records import read_records
 from unlearn_llm.evaluation.report import labels
 from unlearn_llm.evaluation.suite import Suite, as_plain
 from unlearn_llm.models import load_model
+from unlearn_llm.pipeline import _check_evaluates_whole
 
 SMALL = ["limit=2", "max_new_tokens=4"]
 RUN = [
@@ -40,7 +43,11 @@ EVALUATED = [
     "train.eval_on_start=true",
     "evaluate.during={limit: 2}",
     "evaluate.reference=target_scores/records.jsonl",
+    "evaluate.target=target_scores/records.jsonl",
 ]
+
+
+POINTS = ["0", "2", "4", "target", "gold"]
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +166,7 @@ def test_records_of_other_rows_make_no_mark(runs):
 
 def test_the_table_holds_every_point(runs):
     rows = rows_of(runs / "run" / "evaluation" / "trade_off.csv")
-    assert [row["point"] for row in rows] == ["0", "2", "4", "gold"]
+    assert [row["point"] for row in rows] == POINTS
     expected = scores_in(runs / "run" / "evaluation" / "step-2")["UFE_proxy"]["value"]
     assert float(rows[1]["UFE_proxy"]) == expected
 
@@ -193,9 +200,28 @@ def tiny_with_dropout():
     return add_lora(tiny_model(), LoraSettings(r=4, dropout=0.5))
 
 
-def test_resuming_with_other_rows_is_refused(inside, unlearn):  # noqa: F811
+def test_a_resumed_run_completes_the_curve(inside, unlearn):  # noqa: F811
+    shutil.copytree("run", "whole")
+    for gone in ("checkpoint-4", "evaluation/step-4"):
+        shutil.rmtree(inside / "run" / gone)
+    (inside / "run" / "evaluation" / "trade_off.csv").unlink()
     given = ["train", "forget.yaml", *RUN, *EVALUATED, "train.output_dir=run", "--resume"]
     refused(unlearn(*given, "evaluate.during={limit: 1}"), "unlike suite.limit: 2 and 1")
+    done = unlearn(*given)
+    assert done.code == 0, done.err
+    for name in ("evaluation/trade_off.csv", "adapter_model.safetensors"):
+        files = [inside / run / name for run in ("run", "whole")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_spread_weights_are_not_evaluated_at_steps():
+    def trainer(strategy):
+        args = SimpleNamespace(eval_strategy=strategy, eval_on_start=False)
+        return SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False, args=args)
+
+    _check_evaluates_whole(trainer("no"))
+    with pytest.raises(UserError, match="weights are spread over the ranks"):
+        _check_evaluates_whole(trainer("steps"))
 
 
 @pytest.mark.parametrize(
@@ -285,18 +311,35 @@ def test_a_table_names_folders_so_that_they_are_told_apart():
 # unlearn plot.
 
 
-def test_plot_writes_the_table_and_says_how_to_get_a_figure(inside, unlearn):  # noqa: F811
+def test_plot_overlays_runs(inside, unlearn):  # noqa: F811
+    pytest.importorskip("matplotlib")
     shutil.copytree("run", "again")
     done = unlearn("plot", "run", "again", "--output", "both.svg")
+    assert (done.code, done.out) == (0, "wrote both.csv\nwrote both.svg\n")
     rows = rows_of(inside / "both.csv")
-    assert [row["run"] for row in rows] == ["run"] * 4 + ["again"] * 4
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        assert done.code == 2 and "pip install 'unlearn_llm[report]'" in done.err
-    else:
-        drawn = (inside / "both.svg").read_text()
-        assert all(text in drawn for text in (">run<", ">again<", ">gold<", "UFE_proxy x 100"))
+    assert [row["run"] for row in rows] == ["run"] * 5 + ["again"] * 5
+    drawn = (inside / "both.svg").read_text()
+    assert all(text in drawn for text in (">run<", ">again<", ">gold<", "UFE_proxy x 100"))
+    assert {"trade_off.svg", "trade_off.png"} <= {
+        p.name for p in (inside / "run/evaluation").iterdir()
+    }
+
+
+def test_without_matplotlib_the_table_is_written_and_one_line_says_more(
+    inside,
+    unlearn,  # noqa: F811
+    monkeypatch,
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = unlearn("plot", "run", "--output", "alone.svg")
+    assert (done.code, done.out) == (2, "wrote alone.csv\n")
+    assert "pip install 'unlearn_llm[report]'" in done.err
+    assert len(rows_of(inside / "alone.csv")) == 5
+    said = []
+    monkeypatch.setattr(during.logger, "warning", said.append)
+    suite = Suite.load("synthetic")
+    during.DuringTraining(inside / "run" / "evaluation", suite, None).finish()
+    assert len(said) == 1 and "trade_off.csv is written, but no figure: trade_off.svg" in said[0]
 
 
 @pytest.mark.parametrize(

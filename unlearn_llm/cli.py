@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 a mistake in what was given, 3 the run diverged, 130 Ctrl-
 """
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -48,6 +49,8 @@ def main() -> None:
     """Run the command line; mistakes of the user become one line on stderr."""
     # A console script does not look here, but a recipe may name "my_losses:my_ga".
     sys.path.insert(0, os.getcwd())
+    # Said at every import on some CPUs, of a kernel that only 4-bit training there would use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app()
     except UserError as error:

@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 a mistake in what was given, 3 the run diverged, 130 Ctrl-
 """
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from unlearn_llm import cli_reports, cli_tasks, recipe_files
+from unlearn_llm import cli_reports, recipe_files
 from unlearn_llm.errors import NonFiniteError, UserError
 from unlearn_llm.safe_text import printable
 
@@ -32,7 +33,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_reports.commands)
-app.add_typer(cli_tasks.commands)
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file, or a name.")]
 Overrides = Annotated[
@@ -49,6 +49,8 @@ def main() -> None:
     """Run the command line; mistakes of the user become one line on stderr."""
     # A console script does not look here, but a recipe may name "my_losses:my_ga".
     sys.path.insert(0, os.getcwd())
+    # Said at every import on some CPUs, of a kernel that only 4-bit training there would use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app()
     except UserError as error:
@@ -342,7 +344,7 @@ def _show_scores(
     from rich.table import Table
     from rich.text import Text
 
-    from unlearn_llm.evaluation.report import side_by_side
+    from unlearn_llm.evaluation.report import labels, side_by_side
 
     if not _is_first_process():
         return
@@ -352,21 +354,22 @@ def _show_scores(
         return
     # One line per score: there are more scores than a terminal is wide.
     shown = Table("score")
+    named = labels(list(rows))
     for name in rows:
-        shown.add_column(Text(Path(name).name or name), justify="right")
+        shown.add_column(Text(named[name]), justify="right")
     for score in next(iter(rows.values())):
         if all_scores or "/" not in score:
             shown.add_row(Text(score), *(scores[score]["text"] for scores in rows.values()))
     Console().print(shown)
     kinds = {name: details["suite"]["objective_kind"] for name, details in found.items()}
     if len(set(kinds.values())) > 1:
-        listed = ", ".join(f"{Path(name).name} {kind}" for name, kind in kinds.items())
+        listed = ", ".join(f"{named[name]} {kind}" for name, kind in kinds.items())
         print(f"OVR is not comparable here ({listed}): give objective_kind=targeted for all, or")
         print("objective_kind=untargeted. A targeted OVR counts TFE.")
     for name, scores in rows.items():
         notes = {n: s["note"] for n, s in scores.items() if s["value"] is None and "/" not in n}
         for score, note in notes.items():
-            print(f"{Path(name).name}: {score} not measured: {note}")
+            print(f"{named[name]}: {score} not measured: {note}")
 
 
 @contextmanager

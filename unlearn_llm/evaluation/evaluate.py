@@ -20,8 +20,8 @@ from unlearn_llm.evaluation.lm_eval import (
     TaskResult,
     facts,
     load_tasks,
-    notes_of,
     run_tasks,
+    with_notes,
     with_scores,
 )
 from unlearn_llm.evaluation.metrics import METRICS
@@ -161,9 +161,9 @@ def evaluate(
         found = columns_of(records)
         scores = score_all(scored, found, reference, reasons)
         scores, intervals = with_intervals(scored, scores, found, reference)
-        scores, entries = _scores_json(scored, scores, of_tasks)
+        scores = with_notes(scored, scores, of_tasks)
         details = {
-            "scores": entries,
+            **scores_json(scored, scores, of_tasks),
             "intervals": intervals,
             "not_measured": reasons,
             "judges": judged.names,
@@ -339,17 +339,26 @@ def _records(
     ]
 
 
-def _scores_json(
-    suite: Suite, scores: Mapping[str, Score], of_tasks: Mapping[str, TaskResult]
-) -> tuple[dict[str, Score], dict[str, dict[str, Any]]]:
-    """Give the scores, those of tasks with what the literature states, and their JSON."""
-    noted, entries = {}, {}
-    for (name, score), of_suite in zip(scores.items(), suite.scores.values(), strict=True):
-        words = [*notes_of(of_suite, of_tasks), *filter(None, [score.note])]
-        noted[name] = replace(score, note="; ".join(words) or None)
-        more = facts(of_suite, of_tasks)
-        entries[name] = {**asdict(noted[name]), "aggregate": of_suite.aggregate, **more}
-    return noted, entries
+def scores_json(
+    suite: Suite, scores: Mapping[str, Score], of_tasks: Mapping[str, TaskResult] | None = None
+) -> dict[str, Any]:
+    """Give the scores as scores.json has them.
+
+    Args:
+        suite: With its proxies put in place.
+        of_tasks: What came out of lm-eval's tasks, which have more to say.
+    """
+    made = zip(scores.items(), suite.scores.values(), strict=True)
+    return {
+        "scores": {
+            name: {
+                **asdict(score),
+                "aggregate": of_suite.aggregate,
+                **facts(of_suite, of_tasks or {}),
+            }
+            for (name, score), of_suite in made
+        }
+    }
 
 
 def _probe_json(columns: Mapping[str, Column], notes: Sequence[str]) -> dict[str, Any]:

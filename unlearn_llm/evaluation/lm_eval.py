@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.batching import evaluating
 from unlearn_llm.evaluation.lm_eval_data import data_from
 from unlearn_llm.evaluation.records import Record
+from unlearn_llm.evaluation.scores import Score
 from unlearn_llm.evaluation.suite import Probe, ScoreOf, Suite
 from unlearn_llm.registry import did_you_mean
 from unlearn_llm.scoring import unwrapped
@@ -156,6 +158,17 @@ def notes_of(score: ScoreOf, results: Mapping[str, TaskResult]) -> list[str]:
     words = f"{about['metric']}, {'mixed' if shots is None else shots} shots"
     sure = [] if stderr is None else [f"stderr {stderr:.4f}"]
     return [words, *sure, *results[score.options["probe"]].about["notes"]]
+
+
+def with_notes(
+    suite: Suite, scores: Mapping[str, Score], results: Mapping[str, TaskResult]
+) -> dict[str, Score]:
+    """Put what a reader must know of the tasks' scores before their own notes."""
+    noted = {}
+    for (name, score), of_suite in zip(scores.items(), suite.scores.values(), strict=True):
+        words = [*notes_of(of_suite, results), *filter(None, [score.note])]
+        noted[name] = replace(score, note="; ".join(words) or None)
+    return noted
 
 
 def _manager(tasks: Sequence[str], folders: Sequence[str]) -> Any:

@@ -241,11 +241,9 @@ class Recipe:
         source, _, split = (self.data.forget or "").partition("/")
         if source in ("tofu", "synthetic"):
             found |= {"authors": source, "split": split}
-        # A TOFU run's folder has no safety prompts.
-        foreign = (
-            ("folder", "authors", "split") if Suite.load(suite).reads_other_than(source) else ()
-        )
-        return {key: value for key, value in found.items() if key not in foreign}
+        if Suite.load(suite).reads_other_than(source):  # a TOFU folder has no safety prompts
+            found = {k: v for k, v in found.items() if k not in ("folder", "authors", "split")}
+        return found
 
     def to_yaml(self, file: str | None = None) -> str:
         """Write the recipe by itself: everything resolved, with a header for the reader.

@@ -11,7 +11,7 @@ from unlearn_llm.evaluation.trade_off import FORGETTING, UTILITY, Axes, Curve, D
 NO_MATPLOTLIB = "it takes matplotlib: pip install 'unlearn_llm[report]'."
 SUFFIXES = (".svg", ".png", ".pdf")
 MARKERS = {"target": "s", "gold": "*"}
-SETTINGS = {"svg.hashsalt": "unlearn", "svg.fonttype": "none", "font.size": 9}
+SETTINGS: Any = {"svg.hashsalt": "unlearn", "svg.fonttype": "none", "font.size": 9}
 """The same scores give the same file; text in an SVG stays text."""
 
 

@@ -38,19 +38,20 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     2: (
         "dual_setup", "encode", "rows", "dataset", "models", "hidden", "scoring", "reference",
-        "progress", "negate",
+        "progress", "negate", "checkpoints",
         "evaluation/batching", "evaluation/cache", "evaluation/generator", "evaluation/gradients",
         "evaluation/judges", "evaluation/provenance", "evaluation/readings", "evaluation/runner",
         "evaluation/scorer", "evaluation/trees", "evaluation/vllm_runner",
     ),
     3: (
         "config", "callbacks", "combining", "masking", "trainer", "finetune", "alternates",
+        "preemption", "saving",
         "evaluation/strict", "evaluation/suite", "evaluation/samples", "evaluation/evaluate",
         "evaluation/suite_scores", "evaluation/intervals", "evaluation/comparison",
     ),
     4: (
-        "recipe", "recipe_check", "recipe_files", "published", "pipeline", "evaluating",
-        "comparing", "cli", "cli_reports", "demo", "__init__", "__main__", "evaluation/report",
+        "recipe", "recipe_check", "recipe_files", "published", "results", "pipeline",
+        "evaluating", "comparing", "cli", "cli_reports", "demo", "__init__", "__main__", "evaluation/report",
         "exchange", "exchange/commands", "exchange/losses", "exchange/model_index",
         "exchange/open_unlearning", "exchange/tofu_csv",
         "leaderboard", "leaderboard/boards", "leaderboard/cells", "leaderboard/comparable",

@@ -1,7 +1,8 @@
 """The command `unlearn`. Only words here: what a command does is in pipeline.py.
 
 torch and transformers are imported inside the commands, after what can be checked without them.
-Exit codes: 0 done, 2 a mistake in what was given, 3 the run diverged, 130 Ctrl-C.
+Exit codes: 0 done, 2 a mistake in what was given, 3 the run diverged, 5 the disk is full,
+130 Ctrl-C, 143 asked to go by a scheduler.
 """
 
 import json
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from unlearn_llm import cli_reports, recipe_files
-from unlearn_llm.errors import NonFiniteError, UserError
+from unlearn_llm.errors import DISK_FULL, NonFiniteError, Preempted, UserError, WriteError
 from unlearn_llm.safe_text import printable
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Replace settings, such as train.seed=2."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run, however far it came.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run's results.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
 AllScores = Annotated[bool, typer.Option("--all", help="Show the members of the composites too.")]
@@ -54,6 +55,14 @@ def main() -> None:
         _fail(str(error), 2)
     except NonFiniteError as error:
         _fail(str(error), 3)
+    except WriteError as error:
+        _fail(str(error), 5)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        _fail(f"{error}. Make room and go on; what was finished is on the disk.", 5)
+    except Preempted as error:
+        _fail(str(error), 143)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
 

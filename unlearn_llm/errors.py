@@ -1,5 +1,10 @@
 """What a user can do wrong, as exceptions that the command line prints in one line."""
 
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of a disk, a quota or a limit that lets no more bytes in."""
+
 
 class UserError(ValueError):
     """A mistake in what a user gave: data, model folder, recipe or command line.
@@ -18,4 +23,19 @@ class NonFiniteError(RuntimeError):
 
     Raised before the optimiser steps, so the weights in memory and the checkpoints on disk are
     those of the last good step. The command line exits with 3.
+    """
+
+
+class WriteError(RuntimeError):
+    """A checkpoint or a model could not be written: the disk is full, or refuses.
+
+    What was saved before is untouched. The command line exits with 5.
+    """
+
+
+class Preempted(BaseException):
+    """A scheduler has asked the process to go (SIGTERM, SIGUSR1).
+
+    No Exception, so that no library takes it for a fault of its own, as with KeyboardInterrupt.
+    The command line exits with 143, which is what a shell reports for SIGTERM.
     """

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from unlearn_llm.dataset import Collator
 from unlearn_llm.encode import Encoder
 from unlearn_llm.rows import QA
+from unlearn_llm.saving import SavingTrainer
 from unlearn_llm.types import IGNORE_INDEX
 
 
@@ -52,7 +53,7 @@ def finetune(
             "labels": collator.pad([sample["labels"] for sample in samples], IGNORE_INDEX),
         }
 
-    trainer = Trainer(
+    trainer = SavingTrainer(
         model=model,
         args=args,
         train_dataset=dataset,

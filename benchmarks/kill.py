@@ -24,13 +24,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-for variable, value in (
-    ("OMP_NUM_THREADS", "1"),  # a fork of a process with threads may hang
-    ("TOKENIZERS_PARALLELISM", "false"),
-    ("HF_HUB_OFFLINE", "1"),
-):
-    os.environ.setdefault(variable, value)
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # forks want no threads
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# The libraries read these variables when they are imported.
 from tqdm import tqdm
 
 from unlearn_llm import cli
@@ -128,13 +125,12 @@ def disturbed_run(
     code: int | None = 0
     for attempt in range(KILLS_PER_RUN):
         where = WHERE[(number + attempt) % len(WHERE)]
-        left = stamp(output / STAGING)
         process = train(folder, name, output, "--resume")
-        code = kill_at(process, output, where, wholes[name], left, draw)
+        code, has_begun = kill_at(process, output, where, wholes[name], draw)
         if code is not None:  # it ended before its time to be killed came
             break
         kills.append(
-            {"setting": name, "aimed": where, "struck": phase(output, left), "resumed": True}
+            {"setting": name, "aimed": where, "struck": phase(output, has_begun), "resumed": True}
         )
     else:
         code = finish(train(folder, name, output, "--resume"))
@@ -145,26 +141,27 @@ def disturbed_run(
 
 
 def kill_at(
-    process: int,
-    output: Path,
-    where: str,
-    whole_seconds: float,
-    left: int | None,
-    draw: random.Random,
-) -> int | None:
-    """Kill a process at a random moment; give its exit code if it ended before, else None."""
+    process: int, output: Path, where: str, whole_seconds: float, draw: random.Random
+) -> tuple[int | None, bool]:
+    """Kill a process at a random moment.
+
+    Returns:
+        Its exit code if it ended before, else None; whether what an earlier kill left was removed
+        by then.
+    """
     saves_to_wait = draw.randint(1, 4)
     deadline = time.perf_counter() + draw.uniform(0.0, whole_seconds)
     if where != "anywhere":
         deadline = float("inf")
-    was_saving, began = False, time.perf_counter()
+    was_saving, has_begun, began = False, False, time.perf_counter()
     while time.perf_counter() < deadline:
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
-            return os.waitstatus_to_exitcode(status)
+            return os.waitstatus_to_exitcode(status), True
         if time.perf_counter() - began > GIVE_UP:
             raise SystemExit(f"{output} hangs: see child.log")
-        is_saving = stamp(output / STAGING) not in (None, left)
+        has_begun = has_begun or not (output / STAGING).exists()
+        is_saving = has_begun and (output / STAGING).exists()
         if where == "saving" and is_saving and not was_saving and deadline == float("inf"):
             saves_to_wait -= 1
             if saves_to_wait == 0:
@@ -176,29 +173,16 @@ def kill_at(
     os.kill(process, signal.SIGKILL)
     _, status = os.waitpid(process, 0)
     code = os.waitstatus_to_exitcode(status)
-    return None if code == -signal.SIGKILL else code
+    return (None if code == -signal.SIGKILL else code), has_begun
 
 
-def phase(output: Path, left: int | None) -> str:
-    """Say what a killed run was doing, from what it left.
-
-    Args:
-        left: Stamp of what an earlier killed save had left.
-    """
-    staging = stamp(output / STAGING)
-    if staging is not None:
-        return "starting" if staging == left else "saving"
+def phase(output: Path, has_begun: bool) -> str:
+    """Say what a killed run was doing, from what it left."""
+    if (output / STAGING).exists():
+        return "saving" if has_begun else "starting"
     if (output / MANIFEST).exists():
         return "evaluation"
     return "training" if any(output.glob("checkpoint-*")) else "before the first checkpoint"
-
-
-def stamp(folder: Path) -> int | None:
-    """Tell a folder from another of its name; None: there is none."""
-    try:
-        return folder.stat().st_ino
-    except FileNotFoundError:
-        return None
 
 
 def compare(whole: Path, other: Path) -> dict[str, Any]:

@@ -51,7 +51,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     4: (
         "recipe", "recipe_check", "recipe_files", "published", "results", "pipeline",
-        "evaluating", "comparing", "cli", "cli_reports", "demo", "__init__", "__main__", "evaluation/report",
+        "evaluating", "comparing", "cli", "cli_reports", "demo", "__init__", "__main__",
+        "evaluation/report",
         "exchange", "exchange/commands", "exchange/losses", "exchange/model_index",
         "exchange/open_unlearning", "exchange/tofu_csv",
         "leaderboard", "leaderboard/boards", "leaderboard/cells", "leaderboard/comparable",

@@ -63,9 +63,8 @@ SETTINGS = {
         "train.optimizer_parameters={state_bits: 8, rounding: stochastic}",
     ),
 }
-WHERE = ("anywhere", "saving", "anywhere", "evaluation")
-"""What a kill waits for, in turn."""
-KILLS_PER_RUN = 5
+AIMS = ("anywhere", "saving", "saving", "anywhere", "saving", "evaluation")
+"""What the kills of one run wait for, in turn."""
 GIVE_UP = 600.0  # seconds
 
 
@@ -123,8 +122,7 @@ def disturbed_run(
     shutil.rmtree(output, ignore_errors=True)
     kills: list[dict[str, Any]] = []
     code: int | None = 0
-    for attempt in range(KILLS_PER_RUN):
-        where = WHERE[(number + attempt) % len(WHERE)]
+    for where in AIMS:
         process = train(folder, name, output, "--resume")
         code, has_begun = kill_at(process, output, where, wholes[name], draw)
         if code is not None:  # it ended before its time to be killed came
@@ -149,7 +147,7 @@ def kill_at(
         Its exit code if it ended before, else None; whether what an earlier kill left was removed
         by then.
     """
-    saves_to_wait = draw.randint(1, 4)
+    saves_to_wait = draw.randint(1, 2)
     deadline = time.perf_counter() + draw.uniform(0.0, whole_seconds)
     if where != "anywhere":
         deadline = float("inf")
@@ -169,7 +167,7 @@ def kill_at(
         if where == "evaluation" and (output / MANIFEST).exists() and deadline == float("inf"):
             deadline = time.perf_counter() + draw.uniform(0.0, whole_seconds / 3)
         was_saving = is_saving
-        time.sleep(0.0005)
+        time.sleep(0.001)
     os.kill(process, signal.SIGKILL)
     _, status = os.waitpid(process, 0)
     code = os.waitstatus_to_exitcode(status)

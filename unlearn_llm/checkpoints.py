@@ -8,6 +8,7 @@ files that were just written, from memory: 1 to 2 GB/s, less time than writing t
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,11 +17,10 @@ from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers.utils import logging
 
 from unlearn_llm.evaluation.records import write_json
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 MANIFEST = "unlearn_manifest.json"
 STAGING = ".unfinished"
 """Folder inside a results folder; what stands in it was left by a killed save."""
@@ -131,7 +131,8 @@ def _written(checkpoint: Path) -> int:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    return (file for file in sorted(folder.rglob("*")) if file.is_file())
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return (file for file in files if file.name != MANIFEST)
 
 
 def _write_manifest(folder: Path, files: list[Path]) -> None:

@@ -5,6 +5,7 @@ anew, from then on at the newest good one, after training with the evaluation al
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,6 @@ from typing import Any, NamedTuple
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import logging
 
 from unlearn_llm.checkpoints import MANIFEST, STAGING, clean, commit_files, fault, newest
 from unlearn_llm.errors import UserError, WriteError
@@ -26,7 +26,7 @@ from unlearn_llm.models import ModelSettings
 from unlearn_llm.recipe import Recipe
 from unlearn_llm.saving import could_not_write, first_line
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 RECIPE_FILE = "recipe.yaml"
 EVALUATION = "evaluation"
 LEFT_BY_RUNS = (

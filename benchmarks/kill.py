@@ -19,6 +19,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -79,11 +80,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON on stdout and nothing else")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    wholes = prepare(given.folder)
     results = given.folder / "kills.jsonl"
     done = (
         [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
     )
+    # The usual lock of the bars is shared by forks: who is killed with it would stop all others.
+    tqdm.set_lock(threading.RLock())
+    wholes = prepare(given.folder)
     bar = tqdm(total=given.kills, initial=len(done), desc="kills", disable=given.json)
     while len(done) < given.kills:
         run = 1 + max((kill["run"] for kill in done), default=-1)

@@ -51,18 +51,12 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())
     try:
         app()
-    except UserError as error:
-        _fail(str(error), 2)
-    except NonFiniteError as error:
-        _fail(str(error), 3)
-    except WriteError as error:
-        _fail(str(error), 5)
+    except (UserError, NonFiniteError, WriteError, Preempted) as error:
+        _fail(str(error), error.exit_code)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
         _fail(f"{error}. Make room and go on; what was finished is on the disk.", 5)
-    except Preempted as error:
-        _fail(str(error), 143)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
 

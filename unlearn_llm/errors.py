@@ -13,6 +13,8 @@ class UserError(ValueError):
     without a traceback and exits with 2.
     """
 
+    exit_code = 2
+
 
 class RecipeError(UserError):
     """A recipe or an override that cannot be read: file, key, value, what was expected."""
@@ -25,12 +27,16 @@ class NonFiniteError(RuntimeError):
     those of the last good step. The command line exits with 3.
     """
 
+    exit_code = 3
+
 
 class WriteError(RuntimeError):
     """A checkpoint or a model could not be written: the disk is full, or refuses.
 
     What was saved before is untouched. The command line exits with 5.
     """
+
+    exit_code = 5
 
 
 class Preempted(BaseException):
@@ -39,3 +45,5 @@ class Preempted(BaseException):
     No Exception, so that no library takes it for a fault of its own, as with KeyboardInterrupt.
     The command line exits with 143, which is what a shell reports for SIGTERM.
     """
+
+    exit_code = 143

@@ -21,7 +21,7 @@ class RecipeError(UserError):
 
 
 class NonFiniteError(RuntimeError):
-    """Training met a loss or a gradient that is not finite.
+    """Training met a loss or a gradient that is not finite, or larger than allowed.
 
     Raised before the optimiser steps, so the weights in memory and the checkpoints on disk are
     those of the last good step. The command line exits with 3.

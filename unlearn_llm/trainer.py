@@ -287,7 +287,8 @@ class UnlearnTrainer(SavingTrainer):
         """Stop before the optimiser steps if the loss or the gradient is not finite."""
         norm = float(super()._get_grad_norm(model, grad_norm))
         losses = self.role_log.end_step(norm, self.accelerator)
-        check_step(losses, norm, self.state.global_step, self.args.output_dir)
+        step, folder = self.state.global_step, self.args.output_dir
+        check_step(losses, norm, step, folder, self.args.max_retain_loss)
         return norm
 
     def train(  # type: ignore[override]  # the rest is passed on as it is

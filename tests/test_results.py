@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,14 +71,14 @@ def assert_same(output: str, whole: str = "whole") -> None:
     assert not (Path(output) / STAGING).exists()
 
 
+def raise_interrupt(*arguments, **keywords):
+    raise KeyboardInterrupt
+
+
 def killed_in(monkeypatch, owner, name, output, *overrides, resume=False) -> None:
     """Run until a function is called."""
-
-    def killed(*arguments, **keywords):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
-        patched.setattr(owner, name, killed)
+        patched.setattr(owner, name, raise_interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_train(recipe(output, *overrides), resume=resume)
 
@@ -110,6 +111,28 @@ def test_a_run_that_is_killed_at_every_stage_is_the_undisturbed_run(
     assert len(run.log) == 4 and run.evaluation.scores
     assert not list(Path(output).glob(".*"))
     assert_same(output, whole)
+
+
+def test_a_finetuning_run_goes_on_in_and_between_epochs(monkeypatch):
+    def finetuning(output):  # epochs of three steps
+        settings = [f"train.output_dir={output}", "train.max_steps=8", "train.save_steps=1"]
+        return Recipe.load("target.yaml", [*settings, "train.save_strategy=steps"])
+
+    run_finetune(finetuning("whole_target"))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pipeline, "_finish", raise_interrupt)
+        run_finetune(finetuning("target_again"))
+    for newest in (7, 3, 5):  # in the third epoch, after the first one, in the second one
+        for step in range(newest + 1, 9):
+            shutil.rmtree(f"target_again/checkpoint-{step}")
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(pipeline, "_finish", raise_interrupt)
+            run_finetune(finetuning("target_again"), resume=True)
+        weights = [
+            Path(run, "checkpoint-8", "model.safetensors").read_bytes()
+            for run in ("whole_target", "target_again")
+        ]
+        assert weights[0] == weights[1], newest
 
 
 def test_a_finished_run_says_so_and_gives_its_results_again(monkeypatch, caplog):

@@ -38,6 +38,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     2: (
         "dual_setup", "encode", "rows", "dataset", "models", "hidden", "scoring", "reference",
+        "shared_base", "undisturbed",
         "progress", "negate", "checkpoints",
         "evaluation/batching", "evaluation/cache", "evaluation/generator", "evaluation/gradients",
         "evaluation/judges", "evaluation/provenance", "evaluation/readings", "evaluation/runner",
@@ -53,6 +54,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "recipe", "recipe_check", "recipe_files", "published", "results", "pipeline",
         "evaluating", "comparing", "cli", "cli_reports", "demo", "__init__", "__main__",
         "evaluation/report",
+        "evaluation/during", "evaluation/figure", "evaluation/trade_off",
         "exchange", "exchange/commands", "exchange/losses", "exchange/model_index",
         "exchange/open_unlearning", "exchange/tofu_csv",
         "leaderboard", "leaderboard/boards", "leaderboard/cells", "leaderboard/comparable",
@@ -67,7 +69,7 @@ LIBRARIES: dict[int, tuple[str, ...]] = {  # what a floor may use beyond the flo
         "safetensors", "sentence_transformers", "vllm",
     ),
     3: ("pydantic",),
-    4: ("typer", "rich", "huggingface_hub"),
+    4: ("typer", "rich", "huggingface_hub", "matplotlib"),
 }  # fmt: skip
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 

@@ -1,11 +1,11 @@
 """The command `unlearn`. Only words here: what a command does is in pipeline.py.
 
 torch and transformers are imported inside the commands, after what can be checked without them.
-Exit codes: 0 done, 2 a mistake in what was given, 3 the run diverged, 5 the disk is full,
-130 Ctrl-C, 143 asked to go by a scheduler.
+Exit codes: 0 done, 2 a mistake of the user, 3 diverged, 5 disk full, 130 Ctrl-C, 143 SIGTERM.
 """
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -49,6 +49,8 @@ def main() -> None:
     """Run the command line; mistakes of the user become one line on stderr."""
     # A console script does not look here, but a recipe may name "my_losses:my_ga".
     sys.path.insert(0, os.getcwd())
+    # Said at every import on some CPUs, of a kernel that only 4-bit training there would use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app()
     except (UserError, NonFiniteError, WriteError, Preempted) as error:
@@ -319,10 +321,9 @@ def _show_run(recipe: "Recipe", run: "Run", as_json: bool) -> None:
     if not _is_first_process():
         return
     if as_json:
-        scores = evaluation.details["scores"] if evaluation else None
         result = {
             "folder": str(run.folder),
-            "scores": scores,
+            "scores": evaluation.details["scores"] if evaluation else None,
             "published": [asdict(score) for score in compared],
         }
         print(json.dumps(result, allow_nan=False))
@@ -344,7 +345,7 @@ def _show_scores(
     from rich.table import Table
     from rich.text import Text
 
-    from unlearn_llm.evaluation.report import side_by_side
+    from unlearn_llm.evaluation.report import labels, side_by_side
 
     if not _is_first_process():
         return
@@ -354,21 +355,22 @@ def _show_scores(
         return
     # One line per score: there are more scores than a terminal is wide.
     shown = Table("score")
+    named = labels(list(rows))
     for name in rows:
-        shown.add_column(Text(Path(name).name or name), justify="right")
+        shown.add_column(Text(named[name]), justify="right")
     for score in next(iter(rows.values())):
         if all_scores or "/" not in score:
             shown.add_row(score, *(scores[score]["text"] for scores in rows.values()))
     Console().print(shown)
     kinds = {name: details["suite"]["objective_kind"] for name, details in found.items()}
     if len(set(kinds.values())) > 1:
-        listed = ", ".join(f"{Path(name).name} {kind}" for name, kind in kinds.items())
+        listed = ", ".join(f"{named[name]} {kind}" for name, kind in kinds.items())
         print(f"OVR is not comparable here ({listed}): give objective_kind=targeted for all, or")
         print("objective_kind=untargeted. A targeted OVR counts TFE.")
     for name, scores in rows.items():
         notes = {n: s["note"] for n, s in scores.items() if s["value"] is None and "/" not in n}
         for score, note in notes.items():
-            print(f"{Path(name).name}: {score} not measured: {note}")
+            print(f"{named[name]}: {score} not measured: {note}")
 
 
 @contextmanager

@@ -57,6 +57,36 @@ def leaderboard(
 
 
 @commands.command()
+def plot(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Runs that were evaluated while they trained."),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="A .svg, .png or .pdf file; all scores go into a .csv beside it.")
+    ] = Path("trade_off.svg"),
+    x: Annotated[str | None, typer.Option(help="Score from left to right; else UFE.")] = None,
+    y: Annotated[
+        str | None, typer.Option(help="Score from below; else MU18, MU9 or MU6, what there is.")
+    ] = None,
+) -> None:
+    """Draw what runs forgot against what they kept, step by step."""
+    from unlearn_llm.evaluation import figure, trade_off
+
+    if output.suffix not in figure.SUFFIXES:
+        expected = ", ".join(figure.SUFFIXES)
+        raise UserError(f"--output: expected a file ending in {expected}, got {output}.")
+    curves = trade_off.read_curves(runs)
+    trade_off.check_curves(curves)
+    axes = trade_off.choose_axes(curves, x, y)
+    table = output.with_suffix(".csv")
+    trade_off.write_csv(table, curves)
+    print(f"wrote {table}")
+    figure.draw(output, curves, axes)
+    print(f"wrote {output}")
+
+
+@commands.command()
 def export(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="A finished run, or an evaluation.")

@@ -1,13 +1,16 @@
 """`unlearn eval`: models, or records of earlier evaluations, side by side."""
 
+import json
+import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+
 from unlearn_llm import recipe_files
 from unlearn_llm.errors import UserError
-from unlearn_llm.evaluation.evaluate import recompute
+from unlearn_llm.evaluation.evaluate import recompute, scores_json
 from unlearn_llm.evaluation.records import SCORES, read_records
 from unlearn_llm.evaluation.report import read_details
 from unlearn_llm.evaluation.strict import validated
@@ -17,9 +20,11 @@ from unlearn_llm.pipeline import run_evaluate
 from unlearn_llm.recipe import DataSettings, Recipe
 from unlearn_llm.recipe_check import Place, build, check_section
 from unlearn_llm.results import RECIPE_FILE
+from unlearn_llm.shared_base import SharedBase, base_of
 
 Details = dict[str, Any]
 DEFAULT_SUITE = "tofu"
+CHECKPOINT = re.compile(r"checkpoint-\d+")
 FROM_RUN = ("template", "system", "max_length", "truncate", "folder", "refusals", "seed")
 """Settings of the data that an evaluation takes over from the run that made the model."""
 
@@ -35,17 +40,19 @@ def evaluate_models(
     """Evaluate models one after the other; the details of each by its name.
 
     A model folder of ours has a recipe.yaml: its template, files and kind of objective hold, too,
-    unless overridden.
+    unless overridden. A checkpoint of a run takes the run's. Adapters of one base share it in
+    memory.
 
     Raises:
         UserError: before the first weights are loaded, if the mistake is in what was given.
     """
     suite = suite or DEFAULT_SUITE
-    prepared = {name: _prepare(name, suite, overrides) for name in dict.fromkeys(models)}
+    names = list({str(Path(name)): name for name in models}.values())
+    prepared = {name: _prepare(name, suite, overrides) for name in names}
     if reference is not None:
         read_records(reference)
     folders = {
-        name: output / suite_name(suite) / str(Path(name)).replace("/", "--") for name in prepared
+        name: output / suite_name(suite) / str(Path(name)).replace("/", "--") for name in names
     }
     for folder in folders.values():
         if (folder / SCORES).is_file() and not overwrite:
@@ -53,12 +60,16 @@ def evaluate_models(
                 f"{folder} holds the scores of an earlier evaluation. Give --overwrite to replace "
                 "them, or another --output."
             )
+    bases = {name: base_of(model) for name, (model, _, _) in prepared.items()}
+    shared = SharedBase()
     found = {}
-    for name, (model, data, loaded) in prepared.items():
-        folder = folders[name]
-        evaluation = run_evaluate(model, loaded, data, folder, reference=reference)
+    for name in sorted(names, key=lambda name: list(bases.values()).index(bases[name])):
+        model, data, loaded = prepared[name]
+        evaluation = run_evaluate(
+            model, loaded, data, folders[name], reference=reference, load=shared.load
+        )
         found[name] = evaluation.details
-    return found
+    return {name: found[name] for name in names}
 
 
 def recompute_records(
@@ -78,16 +89,10 @@ def recompute_records(
             loaded = Suite.load(suite or DEFAULT_SUITE, **changes)
         else:
             loaded = validated(Suite, {**details["suite"], **changes}, str(beside))
-        made_of = loaded.with_proxies().scores.values()
         reasons = details.get("not_measured")
         scores = recompute(path, loaded, reference_records=reference, not_measured=reasons)
-        found[str(path)] = {
-            "suite": as_plain(loaded),
-            "scores": {
-                name: {**asdict(score), "aggregate": of_suite.aggregate}
-                for (name, score), of_suite in zip(scores.items(), made_of, strict=True)
-            },
-        }
+        made = scores_json(loaded.with_proxies(), scores)
+        found[str(path)] = {"suite": as_plain(loaded), **made}
     return found
 
 
@@ -102,9 +107,11 @@ def _prepare(
     """Settle model, data and suite of one evaluation."""
     document: Details = {"model": {"path": name}, "data": {}}
     of_suite: Details = {}
-    made_by = Path(name).expanduser() / RECIPE_FILE
+    folder = Path(name).expanduser()
+    made_by = run_of(folder) / RECIPE_FILE
     if made_by.is_file():
         run = Recipe.load(made_by)
+        document["model"] |= _model_of_run(run, folder)
         document["data"] = {
             k: run.document["data"][k] for k in FROM_RUN if k in run.document["data"]
         }
@@ -122,6 +129,31 @@ def _prepare(
         of_suite.setdefault("folder", data.folder)
     load_tokenizer(model)  # is it there?
     return model, data, Suite.load(suite, **of_suite)
+
+
+def run_of(folder: Path) -> Path:
+    """Give the folder of the run: of a checkpoint-N the one it lies in, else the folder itself."""
+    return folder.parent if CHECKPOINT.fullmatch(folder.name) else folder
+
+
+def _model_of_run(run: Recipe, folder: Path) -> Details:
+    """Say how a run's own evaluation had its model, where the model's folder does not.
+
+    A checkpoint holds the float32 weights that trained, and may hold no tokenizer.
+    """
+    found: Details = {}
+    of_run = run_of(folder)
+    config = of_run / "config.json"
+    if run.model.dtype != "auto":
+        found["dtype"] = run.model.dtype
+    elif of_run != folder and config.is_file():
+        found["dtype"] = json.loads(config.read_text(encoding="utf-8")).get("dtype") or "auto"
+    if not (folder / TOKENIZER_CONFIG_FILE).is_file():
+        if (of_run / TOKENIZER_CONFIG_FILE).is_file():
+            found["tokenizer"] = str(of_run)
+        else:
+            found["tokenizer"] = run.model.tokenizer or run.model.path
+    return found
 
 
 def _is_section(text: str) -> bool:

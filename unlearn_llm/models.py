@@ -1,13 +1,14 @@
 """Models and tokenizers: from a folder or the hub, with adapters, or new and small."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -75,7 +76,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     if settings.tokenizer is not None:
         settings = replace(settings, path=settings.tokenizer, revision=None)
     tokenizer = _from_pretrained(
-        AutoTokenizer, settings, trust_remote_code=settings.trust_remote_code
+        AutoTokenizer.from_pretrained, settings, trust_remote_code=settings.trust_remote_code
     )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -86,11 +87,18 @@ def context_length(settings: ModelSettings) -> int | None:
     """Say how many tokens the model reads, without loading weights; None if it does not say."""
     if settings.new is not None:
         return settings.new.context
-    if settings.path and (Path(settings.path) / "adapter_config.json").is_file():
+    if is_adapter(settings):
         return None
-    config = _from_pretrained(AutoConfig, settings, trust_remote_code=settings.trust_remote_code)
+    config = _from_pretrained(
+        AutoConfig.from_pretrained, settings, trust_remote_code=settings.trust_remote_code
+    )
     found: int | None = config.to_dict().get("max_position_embeddings")
     return found
+
+
+def is_adapter(settings: ModelSettings) -> bool:
+    """Is the model a folder with a peft adapter?"""
+    return bool(settings.path) and (Path(str(settings.path)) / "adapter_config.json").is_file()
 
 
 def load_model(settings: ModelSettings) -> PreTrainedModel:
@@ -98,16 +106,12 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
 
     A folder with a peft adapter gives the base model with that adapter, trainable.
     """
-    if settings.path and (Path(settings.path) / "adapter_config.json").is_file():
+    if is_adapter(settings):
         from peft import AutoPeftModelForCausalLM
 
-        if settings.lora is not None or settings.extra:
-            raise UserError(
-                f"model.path: {settings.path} is an adapter already; model.lora and model.extra "
-                "do not apply to it."
-            )
+        _check_adapter(settings)
         return _from_pretrained(
-            AutoPeftModelForCausalLM,
+            AutoPeftModelForCausalLM.from_pretrained,
             settings,
             is_trainable=True,
             dtype=DTYPES.get(settings.dtype, "auto"),
@@ -115,7 +119,7 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
         )
     dtype = DTYPES.get(settings.dtype, "auto")
     model = _from_pretrained(
-        AutoModelForCausalLM,
+        AutoModelForCausalLM.from_pretrained,
         settings,
         dtype=dtype,
         trust_remote_code=settings.trust_remote_code,
@@ -124,6 +128,20 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
     )
     if settings.lora is not None:
         model = add_lora(model, settings.lora)
+    return model
+
+
+def adapter_config(settings: ModelSettings) -> PeftConfig:
+    """Read what an adapter's folder says about it."""
+    config: PeftConfig = _from_pretrained(PeftConfig.from_pretrained, settings)
+    return config
+
+
+def attach_adapter(base: torch.nn.Module, settings: ModelSettings) -> torch.nn.Module:
+    """Put the adapter of a folder onto its base model, which is in memory already; trainable."""
+    _check_adapter(settings)
+    load = partial(PeftModelForCausalLM.from_pretrained, base)
+    model: torch.nn.Module = _from_pretrained(load, settings, is_trainable=True)
     return model
 
 
@@ -238,7 +256,15 @@ def check_finite(model: torch.nn.Module, step: int) -> None:
             )
 
 
-def _from_pretrained(cls: Any, settings: ModelSettings, **keywords: Any) -> Any:
+def _check_adapter(settings: ModelSettings) -> None:
+    if settings.lora is not None or settings.extra:
+        raise UserError(
+            f"model.path: {settings.path} is an adapter already; model.lora and model.extra "
+            "do not apply to it."
+        )
+
+
+def _from_pretrained(load: Callable[..., Any], settings: ModelSettings, **keywords: Any) -> Any:
     """Load from a folder or the hub; what goes wrong becomes one line."""
     if settings.path is None:
         raise UserError("model.path is missing: give a local folder or a hub id.")
@@ -247,7 +273,7 @@ def _from_pretrained(cls: Any, settings: ModelSettings, **keywords: Any) -> Any:
     if looks_local and not folder.is_dir():
         raise UserError(f"model.path: there is no folder {settings.path}.")
     try:
-        return cls.from_pretrained(
+        return load(
             str(folder) if folder.is_dir() else settings.path,
             revision=settings.revision or "main",
             **keywords,

@@ -7,7 +7,7 @@ A results folder holds the model and the tokenizer, recipe.yaml, trainer_state.j
 and evaluation/ with records.jsonl and scores.json.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +22,11 @@ from unlearn_llm.alternates import alternate_answers, write_pairs
 from unlearn_llm.dataset import read_refusals
 from unlearn_llm.encode import Encoder, check_context
 from unlearn_llm.errors import UserError
+from unlearn_llm.evaluation.during import DuringTraining
 from unlearn_llm.evaluation.evaluate import Evaluation, evaluate
 from unlearn_llm.evaluation.records import read_records
 from unlearn_llm.evaluation.suite import Suite
+from unlearn_llm.evaluation.trade_off import EVALUATION
 from unlearn_llm.finetune import finetune
 from unlearn_llm.models import (
     ModelSettings,
@@ -37,7 +39,6 @@ from unlearn_llm.models import (
 from unlearn_llm.preemption import listening
 from unlearn_llm.recipe import DataSettings, Recipe
 from unlearn_llm.results import (
-    EVALUATION,
     begin,
     check_folder,
     save_model,
@@ -124,13 +125,15 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
     _check_encodes(encoder, forget, "the forget set", recipe.model)
     _check_encodes(encoder, retain, "the retain set", recipe.model)
     args: Any = recipe.arguments()
+    during = _during(recipe, encoder)
+    if resume and during is not None:
+        during.check_earlier()
     standing = begin(recipe, resume)
     if standing.trained:
         return _go_on(recipe, suite, encoder)
     set_seed(args.seed)  # a fresh adapter is random
     model = load_model(recipe.model)
     kept = _Kept(model)
-    reference = recipe.evaluate.reference if recipe.evaluate else None
     trainer = UnlearnTrainer(
         model,
         args,
@@ -140,11 +143,14 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
         encoder=encoder,
         refusals=refusals,
         evaluate_model=None
-        if suite is None
-        else lambda current: evaluate(suite, current, encoder, reference_records=reference).values,
+        if during is None
+        else lambda current: during(current, trainer.state.global_step),
         allow_overlap=recipe.data.allow_overlap,
     )
+    _check_evaluates_whole(trainer)
     trainer.train(resume_from_checkpoint=standing.checkpoint)
+    if during is not None and trainer.is_world_process_zero():
+        during.finish()
     return _finish(trainer, recipe, kept, suite, encoder)
 
 
@@ -180,6 +186,7 @@ def run_evaluate(
     output_dir: Path | None,
     *,
     reference: str | Path | None = None,
+    load: Callable[[ModelSettings], nn.Module] = load_model,
 ) -> Evaluation:
     """Evaluate a model from a folder or the hub.
 
@@ -187,12 +194,13 @@ def run_evaluate(
         data: Of which template, max_length and truncate are read.
         output_dir: For records.jsonl and scores.json; None: nothing is written.
         reference: records.jsonl of a model that never saw the forget set.
+        load: Gives the model.
     """
     if reference is not None:
         read_records(reference)
     encoder = _encoder(load_tokenizer(model), data)
     state = PartialState()
-    loaded: nn.Module = load_model(model).to(state.device).eval()
+    loaded: nn.Module = load(model).to(state.device).eval()
     return evaluate(suite, loaded, encoder, output_dir, reference_records=reference)
 
 
@@ -297,6 +305,28 @@ def _suite(recipe: Recipe) -> Suite | None:
     if recipe.evaluate.reference is not None:
         read_records(recipe.evaluate.reference)
     return recipe.suite()
+
+
+def _during(recipe: Recipe, encoder: Encoder) -> DuringTraining | None:
+    """Make what evaluates during training, if the recipe has a suite."""
+    suite, settings = recipe.suite(during=True), recipe.evaluate
+    if suite is None or settings is None:
+        return None
+    if settings.target is not None:
+        read_records(settings.target)
+    folder = recipe.output_dir / EVALUATION
+    return DuringTraining(folder, suite, encoder, settings.reference, settings.target)
+
+
+def _check_evaluates_whole(trainer: Trainer) -> None:
+    """Refuse to evaluate at steps where no process has the whole weights."""
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if sharded and (trainer.args.eval_strategy != "no" or trainer.args.eval_on_start):
+        raise UserError(
+            "train.eval_strategy: the weights are spread over the ranks (FSDP, DeepSpeed), and a "
+            "suite needs them whole. Set it to 'no', save checkpoints, and give them to "
+            "`unlearn eval`."
+        )
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> Encoder:

@@ -27,7 +27,7 @@ from unlearn_llm.masks.base import build as build_mask
 from unlearn_llm.models import ModelSettings
 from unlearn_llm.objective import Objective
 from unlearn_llm.optim import OPTIMIZERS
-from unlearn_llm.recipe_check import Place, build, check_name, check_section
+from unlearn_llm.recipe_check import Place, build, check_during, check_name, check_section
 from unlearn_llm.registry import did_you_mean
 from unlearn_llm.schedule import SCHEDULES, Schedule
 from unlearn_llm.yaml_text import dump_yaml
@@ -88,6 +88,10 @@ class EvaluateSettings:
     are those of the run unless they stand here."""
     reference: str | None = None
     """records.jsonl of a model that never saw the forget set, for forget quality."""
+    during: dict[str, Any] = field(default_factory=dict)
+    """Further fields to replace at the steps of train.eval_strategy, such as {limit: 40}."""
+    target: str | None = None
+    """records.jsonl of the model before unlearning, to be drawn beside the trade-off."""
 
 
 @dataclass(frozen=True)
@@ -211,16 +215,16 @@ class Recipe:
             retain_weight=self.setting("retain_weight"),
         )
 
-    def suite(self) -> "Suite | None":
-        """Load the suite that the recipe names, with what it takes from the run."""
+    def suite(self, *, during: bool = False) -> "Suite | None":
+        """Load the suite for the end of the run, or that for its steps (during)."""
         if self.evaluate is None:
             return None
         # Here and not above: metrics take a second to import, and a mistyped key is told without.
         from unlearn_llm.evaluation.suite import Suite
 
-        return Suite.load(
-            self.evaluate.suite, **{**self.suite_settings(), **self.evaluate.overrides}
-        )
+        of_step = self.evaluate.during if during else {}
+        changes = {**self.suite_settings(), **self.evaluate.overrides, **of_step}
+        return Suite.load(self.evaluate.suite, **changes)
 
     def suite_settings(self) -> dict[str, Any]:
         """Give the fields of a suite that follow from the run."""
@@ -289,8 +293,7 @@ def _check_meaning(recipe: Recipe, place: Place) -> None:
         check_name(recipe.data.template, [CHAT, *TEMPLATES], "data.template", place)
     if recipe.model.path is None and recipe.model.new is None:
         raise place.error("model.path", "is missing: give a local folder or a hub id.")
-    if recipe.train.get("eval_strategy", "no") != "no" and recipe.evaluate is None:
-        raise place.error("train.eval_strategy", "needs an evaluate section, or must be 'no'.")
+    check_during(recipe.kind, recipe.train, recipe.document["evaluate"], place)
     if recipe.kind == "finetune":
         _check_finetune(recipe, place)
     else:
@@ -298,6 +301,7 @@ def _check_meaning(recipe: Recipe, place: Place) -> None:
     if recipe.evaluate is not None:
         with place.naming("evaluate"):
             recipe.suite()
+            recipe.suite(during=True)
 
 
 def _check_finetune(recipe: Recipe, place: Place) -> None:

@@ -91,6 +91,23 @@ def check_name(name: Any, known: Collection[str], key: str, place: Place) -> Non
         raise place.error(key, f"expected {_either(sorted(known))}, got {name!r}.{near}")
 
 
+def check_during(
+    kind: str, train: Mapping[str, Any], evaluate: Mapping[str, Any] | None, place: Place
+) -> None:
+    """Refuse evaluations during training that nothing can make, and settings that nobody reads."""
+    strategy = train.get("eval_strategy", "no")
+    key = "eval_strategy" if strategy != "no" else "eval_on_start"
+    if strategy == "no" and not train.get("eval_on_start"):
+        for name in ("during", "target"):
+            if evaluate is not None and evaluate.get(name):
+                problem = "is given, but train.eval_strategy is 'no', so no step is evaluated."
+                raise place.error(f"evaluate.{name}", problem)
+    elif evaluate is None:
+        raise place.error(f"train.{key}", "needs an evaluate section, or must be off.")
+    elif kind == "finetune":
+        raise place.error(f"train.{key}", "is read by kind: unlearn only.")
+
+
 @cache
 def _schema(settings: type) -> type[BaseModel]:
     """Make the pydantic model with the fields of a dataclass; unknown keys are errors."""

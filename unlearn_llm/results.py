@@ -22,13 +22,13 @@ from unlearn_llm.evaluation.aggregates import Score
 from unlearn_llm.evaluation.evaluate import Evaluation
 from unlearn_llm.evaluation.records import RECORDS, SCORES, read_records, write_whole
 from unlearn_llm.evaluation.suite import Suite, as_plain
+from unlearn_llm.evaluation.trade_off import EVALUATION
 from unlearn_llm.models import ModelSettings
 from unlearn_llm.recipe import Recipe
 from unlearn_llm.saving import could_not_write, first_line
 
 logger = logging.getLogger(__name__)
 RECIPE_FILE = "recipe.yaml"
-EVALUATION = "evaluation"
 LEFT_BY_RUNS = (
     MANIFEST,  # first: what is half removed is not finished
     STAGING,
@@ -39,7 +39,7 @@ LEFT_BY_RUNS = (
     TRAINER_STATE_NAME,
     EVALUATION,
 )
-HALF_WRITTEN = (f".{RECIPE_FILE}.*", f".{MANIFEST}.*", f"{EVALUATION}/.*.json*.*")
+HALF_WRITTEN = (f".{RECIPE_FILE}.*", f".{MANIFEST}.*", f"{EVALUATION}/**/.*.????????")
 """What `write_whole` leaves when it is killed."""
 
 

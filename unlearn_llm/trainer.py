@@ -38,6 +38,7 @@ from unlearn_llm.saving import SavingTrainer
 from unlearn_llm.schedule import Schedule, ScheduledSampler
 from unlearn_llm.scoring import score, unwrapped
 from unlearn_llm.types import ROLES, Answer, Batch, Role, Scored, Sequences
+from unlearn_llm.undisturbed import undisturbed
 
 Rows = Sequence[QA] | Sequence[Mapping[str, Any]]
 
@@ -306,12 +307,13 @@ class UnlearnTrainer(SavingTrainer):
         return super().train(str(checkpoint) if checkpoint else None, **keywords)
 
     def evaluate(self, *args: Any, **keywords: Any) -> dict[str, float]:
-        """Give the scores of the model, as `evaluate_model` computes them."""
+        """Give the scores of the model, as `evaluate_model` computes them, undisturbing."""
         if self.evaluate_model is None:
             raise UserError(NO_EVALUATION)
         prefix = keywords.get("metric_key_prefix", "eval")
         assert self.model is not None
-        scores = self.evaluate_model(self.model)
+        with undisturbed(self.model):
+            scores = self.evaluate_model(self.model)
         metrics = {f"{prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(

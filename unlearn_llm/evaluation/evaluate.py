@@ -146,7 +146,7 @@ def evaluate(
         scores = score_all(suite, found, reference, judged.reasons)
         scores, intervals = with_intervals(suite, scores, found, reference)
         details = {
-            **_scores_json(suite, scores),
+            **scores_json(suite, scores),
             "intervals": intervals,
             "not_measured": judged.reasons,
             "judges": judged.names,
@@ -314,7 +314,12 @@ def _records(
     ]
 
 
-def _scores_json(suite: Suite, scores: Mapping[str, Score]) -> dict[str, Any]:
+def scores_json(suite: Suite, scores: Mapping[str, Score]) -> dict[str, Any]:
+    """Give the scores as scores.json has them.
+
+    Args:
+        suite: With its proxies put in place.
+    """
     made = zip(scores.items(), suite.scores.values(), strict=True)
     return {
         "scores": {

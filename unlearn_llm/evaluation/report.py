@@ -68,6 +68,19 @@ def side_by_side(
     return rows
 
 
+def labels(paths: Sequence[str]) -> dict[str, str]:
+    """Name folders by as many of their last parts as tell them apart: a/checkpoint-30."""
+    found = {}
+    for path in paths:
+        parts = Path(path).parts
+        others = [Path(other).parts for other in paths if Path(other).parts != parts]
+        length = 1
+        while length < len(parts) and any(o[-length:] == parts[-length:] for o in others):
+            length += 1
+        found[path] = "/".join(parts[-length:]) or path
+    return found
+
+
 def table(
     evaluations: Mapping[str, Mapping[str, Any]],
     names: Sequence[str] | None = None,

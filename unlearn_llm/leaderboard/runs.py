@@ -153,6 +153,8 @@ def find_runs(
         if not folder.is_dir():
             raise UserError(f"There is no folder {folder}.")
         for scores in sorted(folder.rglob(SCORES)):
+            if _is_of_step(scores):
+                continue
             run = _read(scores)
             if isinstance(run, str):
                 left_out.append(run)
@@ -190,6 +192,12 @@ def _read(scores: Path) -> FinishedRun | str:
         return f"{scores} is left out: it does not say which suite and model made it."
     file = folder / RECIPE
     return FinishedRun(folder, read_document(file) if file.is_file() else {}, details)
+
+
+def _is_of_step(scores: Path) -> bool:
+    """Were the scores taken while the run trained?"""
+    folder = scores.parent.parent
+    return folder.name == EVALUATION and (folder.parent / RECIPE).is_file()
 
 
 def _is_whole(details: Mapping[str, Any]) -> bool:

@@ -88,8 +88,9 @@ def main() -> None:
     tqdm.set_lock(threading.RLock())
     wholes = prepare(given.folder)
     bar = tqdm(total=given.kills, initial=len(done), desc="kills", disable=given.json)
+    run = max((kill["run"] for kill in done), default=-1)
     while len(done) < given.kills:
-        run = 1 + max((kill["run"] for kill in done), default=-1)
+        run += 1  # also after a run that ended before its first kill
         kills = disturbed_run(given.folder, wholes, run, random.Random(f"{given.seed}/{run}"))
         with results.open("a") as file:
             file.writelines(json.dumps({"run": run, **kill}) + "\n" for kill in kills)
@@ -151,7 +152,7 @@ def kill_at(
         by then.
     """
     saves_to_wait = draw.randint(1, 2)
-    deadline = time.perf_counter() + draw.uniform(0.0, whole_seconds)
+    deadline = time.perf_counter() + draw.uniform(0.0, 0.6 * whole_seconds)
     if where != "anywhere":
         deadline = float("inf")
     was_saving, has_begun, began = False, False, time.perf_counter()

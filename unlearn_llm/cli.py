@@ -1,7 +1,6 @@
 """The command `unlearn`. Only words here: what a command does is in pipeline.py.
 
 torch and transformers are imported inside the commands, after what can be checked without them.
-Exit codes: 0 done, 2 a mistake of the user, 3 diverged, 5 disk full, 130 Ctrl-C, 143 SIGTERM.
 """
 
 import json

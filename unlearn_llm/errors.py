@@ -1,7 +1,7 @@
 """What a user can do wrong, as exceptions that the command line prints in one line.
 
-Exit codes of the command line: 0 done, 2 a mistake in what was given, 3 the run diverged, 5 the disk
-is full, 130 Ctrl-C, 143 asked to go by a scheduler.
+Exit codes of the command line: 0 done, 2 a mistake in what was given, 3 the run diverged, 5 the
+disk is full, 130 Ctrl-C, 143 asked to go by a scheduler.
 """
 
 import errno

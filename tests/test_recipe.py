@@ -81,7 +81,7 @@ def test_every_run_of_the_matrix_is_what_its_name_says(matrix):
         # One alternating epoch of six steps of 40 rows: 40, 200 or 400 forget rows.
         assert recipe.train["warmup_steps"] == {"1": 6, "5": 30, "0": 60}[split[-1]]
         assert recipe.train["max_steps"] == 300
-        taken = recipe.suite_settings()
+        taken = recipe.suite_settings("tofu")
         assert taken["split"] == split
         assert taken["objective_kind"] == ("untargeted" if objective == "me+gd" else "targeted")
 

@@ -359,7 +359,7 @@ def _show_scores(
         shown.add_column(Text(named[name]), justify="right")
     for score in next(iter(rows.values())):
         if all_scores or "/" not in score:
-            shown.add_row(score, *(scores[score]["text"] for scores in rows.values()))
+            shown.add_row(Text(score), *(scores[score]["text"] for scores in rows.values()))
     Console().print(shown)
     kinds = {name: details["suite"]["objective_kind"] for name, details in found.items()}
     if len(set(kinds.values())) > 1:

@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
+from unlearn_llm import cli_tasks
 from unlearn_llm.errors import UserError
 
 commands = typer.Typer()
+commands.add_typer(cli_tasks.commands)
 SUFFIXES = {".md": "markdown", ".csv": "csv", ".tex": "latex"}
 
 

@@ -23,11 +23,15 @@ class Template:
     answer_tag: str = ""
     scored_tag: bool = False
     """Does the loss cover the answer tag too? (TOFU's Phi-1.5 recipe does that.)"""
+    verbatim: bool = False
+    """Is a blank at the end of the prompt given to the model too?"""
 
 
 CHAT = "chat"
 TEMPLATES: Registry[Template] = Registry("template")
 TEMPLATES.add("plain", Template("Question: ", "\nAnswer: "))
+# The question is the whole prompt, to the last blank: texts to go on with, prompts with examples.
+TEMPLATES.add("raw", Template(verbatim=True))
 TEMPLATES.add("llama2", Template("[INST] ", " [/INST]"))
 TEMPLATES.add(
     "llama3",
@@ -126,9 +130,13 @@ class Encoder:
     def prompts(self, questions: Sequence[str]) -> list[list[int]]:
         """Encode questions alone, ready for generation.
 
-        A blank at the end of the prompt is left to the answer's first token, as in training.
+        A blank at the end of the prompt is left to the answer's first token, as in training, but
+        for the template "raw".
         """
-        prompts = self._tokenize([self.prompt_text(question).rstrip(" ") for question in questions])
+        texts = [self.prompt_text(question) for question in questions]
+        if self._tags is None or not self._tags.verbatim:
+            texts = [text.rstrip(" ") for text in texts]
+        prompts = self._tokenize(texts)
         # Some tokenizers close every text; a closed prompt would be a finished answer.
         closes = self._tokenize(["a"])[0][-1] == self.tokenizer.eos_token_id
         return [ids[:-1] for ids in prompts] if closes else prompts

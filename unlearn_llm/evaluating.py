@@ -9,8 +9,11 @@ from typing import Any
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from unlearn_llm import recipe_files
+from unlearn_llm.encode import Encoder
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.evaluate import recompute, scores_json
+from unlearn_llm.evaluation.lm_eval import require_lm_eval
+from unlearn_llm.evaluation.lm_eval_export import export_tasks
 from unlearn_llm.evaluation.records import SCORES, read_records
 from unlearn_llm.evaluation.report import read_details
 from unlearn_llm.evaluation.strict import validated
@@ -96,6 +99,15 @@ def recompute_records(
     return found
 
 
+def export_suite(name: str, suite: str, overrides: Sequence[str], folder: Path) -> list[str]:
+    """Write a suite as tasks of lm-eval, for models with a model's tokenizer and template."""
+    model, data, loaded = _prepare(name, suite, overrides)
+    encoder = Encoder(
+        load_tokenizer(model), data.template, data.max_length, data.truncate, data.system
+    )
+    return export_tasks(loaded, encoder, folder)
+
+
 def suite_name(suite: str) -> str:
     """Name a suite by its file."""
     return Path(suite).name.removesuffix(".yaml").removesuffix(".yml")
@@ -115,7 +127,9 @@ def _prepare(
         document["data"] = {
             k: run.document["data"][k] for k in FROM_RUN if k in run.document["data"]
         }
-        of_suite = run.suite_settings()
+        of_suite = run.suite_settings(suite)
+        if "folder" not in of_suite:  # or the suite reads other data than the run
+            document["data"].pop("folder", None)
         if run.evaluate is not None and run.evaluate.suite == suite:
             # Measured as the run measured itself, unless told otherwise.
             of_suite |= {"reference": run.evaluate.reference, **run.evaluate.overrides}
@@ -127,8 +141,10 @@ def _prepare(
     model, data = build(ModelSettings, document["model"]), build(DataSettings, document["data"])
     if data.folder is not None:
         of_suite.setdefault("folder", data.folder)
+    loaded = Suite.load(suite, **of_suite)
+    require_lm_eval(loaded)
     load_tokenizer(model)  # is it there?
-    return model, data, Suite.load(suite, **of_suite)
+    return model, data, loaded
 
 
 def run_of(folder: Path) -> Path:

@@ -8,6 +8,7 @@ and evaluation/ with records.jsonl and scores.json.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,6 +199,8 @@ def run_evaluate(
     """
     if reference is not None:
         read_records(reference)
+    if suite.template is not None:  # the model's own may be one that its tokenizer lacks
+        data = replace(data, template=suite.template)
     encoder = _encoder(load_tokenizer(model), data)
     state = PartialState()
     loaded: nn.Module = load(model).to(state.device).eval()

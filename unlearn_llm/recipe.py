@@ -223,11 +223,13 @@ class Recipe:
         from unlearn_llm.evaluation.suite import Suite
 
         of_step = self.evaluate.during if during else {}
-        changes = {**self.suite_settings(), **self.evaluate.overrides, **of_step}
+        changes = {**self.suite_settings(self.evaluate.suite), **self.evaluate.overrides, **of_step}
         return Suite.load(self.evaluate.suite, **changes)
 
-    def suite_settings(self) -> dict[str, Any]:
+    def suite_settings(self, suite: str) -> dict[str, Any]:
         """Give the fields of a suite that follow from the run."""
+        from unlearn_llm.evaluation.suite import Suite  # here, as above
+
         found: dict[str, Any] = {"data_seed": self.data.seed}
         if self.data.folder is not None:
             found["folder"] = self.data.folder
@@ -239,6 +241,8 @@ class Recipe:
         source, _, split = (self.data.forget or "").partition("/")
         if source in ("tofu", "synthetic"):
             found |= {"authors": source, "split": split}
+        if Suite.load(suite).reads_other_than(source):  # a TOFU folder has no safety prompts
+            found = {k: v for k, v in found.items() if k not in ("folder", "authors", "split")}
         return found
 
     def to_yaml(self, file: str | None = None) -> str:

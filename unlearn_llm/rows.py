@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unlearn_llm import synthetic
+from unlearn_llm.data_sets import DATA_SETS, find_file, hub_address
 from unlearn_llm.encode import row_list
 from unlearn_llm.errors import UserError
 from unlearn_llm.registry import did_you_mean
 
-TOFU_HUB = "locuslab/TOFU"
 COLUMN_PAIRS = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"))
 ALTERNATE_COLUMN = "alternate"
 
@@ -34,23 +34,25 @@ def load_rows(source: str, folder: str | None = None, seed: int = 0) -> list[dic
 
     Args:
         source: One of
-            - a file: .json (a list, or one object per line), .jsonl, .csv, .parquet;
-            - "tofu/SPLIT": a TOFU split, from `folder` if given, else from the hub;
+            - a file: .json (a list, one object per line, or one object of columns), .jsonl, .csv,
+              .parquet;
+            - "tofu/SPLIT", or another name of data_sets.DATA_SETS and a file of it: from `folder`
+              if given, else from the hub;
             - "synthetic/SPLIT": generated authors, split names as in TOFU;
             - "owner/name", "owner/name:config", "owner/name:config:split": a hub data set.
-        folder: Folder with TOFU's files (`forget10.json`...).
+        folder: Folder with the data set's files (`forget10.json`...), or with folders of them.
         seed: Seed of generated authors.
 
     Raises:
         UserError: the file, split or data set is missing, empty or unreadable.
     """
-    kind, _, split = source.partition("/")
+    kind, _, name = source.partition("/")
     if kind == "synthetic":
-        return synthetic.generate(split, seed=seed)
-    if kind == "tofu" and folder is not None:
-        return read_file(_tofu_file(Path(folder), split))
-    if kind == "tofu":
-        return _read_hub(f"{TOFU_HUB}:{split}")
+        return synthetic.generate(name, seed=seed)
+    if kind in DATA_SETS and folder is not None:
+        return read_file(find_file(kind, Path(folder), name, READERS))
+    if kind in DATA_SETS:
+        return _read_hub(hub_address(kind, name))
     path = Path(source).expanduser()
     if path.suffix in READERS or path.exists():
         return read_file(path)
@@ -208,27 +210,45 @@ def _normal(pair: QA) -> tuple[str, str]:
     return " ".join(question.split()), " ".join(answer.split())
 
 
-def _tofu_file(folder: Path, split: str) -> Path:
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {folder} with TOFU's files (data.folder).")
-    for suffix in (".json", ".jsonl"):
-        if (folder / f"{split}{suffix}").is_file():
-            return folder / f"{split}{suffix}"
-    known = sorted(path.stem for path in folder.glob("*.json*"))
-    raise UserError(
-        f"{folder} has no TOFU split {split!r}.{did_you_mean(split, known)} "
-        f"It has {', '.join(known)}."
-    )
-
-
 def _read_json(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         try:
-            return _objects(json.loads(text), path)
+            return _objects(_texts_as_rows(json.loads(text)), path)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from error
-    return _read_json_lines(path)
+    columns = _text_columns(text)
+    return _read_json_lines(path) if columns is None else _rows_of(columns, path)
+
+
+def _texts_as_rows(rows: Any) -> Any:
+    """Make rows of a bare list of texts (MUSE has such files)."""
+    bare = isinstance(rows, list) and all(isinstance(row, str) for row in rows)
+    return [{"text": row} for row in rows] if bare else rows
+
+
+def _text_columns(text: str) -> dict[str, list[str]] | None:
+    """Give the columns of a file that is one object of them, as the safety sets are."""
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError:
+        return None  # more than one object, or none: its lines are read one by one
+    if not isinstance(content, dict) or not content:
+        return None
+    texts = all(
+        isinstance(column, list) and all(isinstance(value, str) for value in column)
+        for column in content.values()
+    )
+    return {name: column for name, column in content.items() if column} if texts else None
+
+
+def _rows_of(columns: Mapping[str, list[str]], path: Path) -> list[dict[str, Any]]:
+    if len({len(column) for column in columns.values()}) > 1:
+        lengths = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
+        raise UserError(f"{path}: expected columns of one length, got {lengths}.")
+    return [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
 
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:

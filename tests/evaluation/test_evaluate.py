@@ -210,7 +210,7 @@ def test_the_table_shows_models_in_rows_and_scores_in_columns(first):
     assert rows["ours"]["absent"]["note"] == "not in this suite"
     made = table({"ours": first.details, "theirs": first.details}, ["MU9", "forget/rouge"])
     assert made.row_count == 2
-    assert [column.header for column in made.columns] == ["model", "MU9", "forget/rouge"]
+    assert [str(column.header) for column in made.columns] == ["model", "MU9", "forget/rouge"]
 
 
 def test_a_narrow_table_cuts_no_name(first):

@@ -67,7 +67,7 @@ def test_a_judge_that_cannot_be_had_is_a_reason(kind: str, tmp_path: Path) -> No
 
 
 def test_an_unknown_kind_is_a_mistake() -> None:
-    with pytest.raises(UserError, match=r"Unknown judge 'taste'\. Known: entailment, similarity"):
+    with pytest.raises(UserError, match=r"Unknown judge 'taste'\. Known: choice, entailment"):
         load_judge("taste")
 
 

@@ -41,7 +41,9 @@ def test_nothing_asked_is_nothing_measured(name: str) -> None:
     # Token entropy and refusals need no answer, only a generation, which is absent here too.
     judge = (lambda pairs: [0.0 for _ in pairs],) if metric.judge else ()
     assert metric.compute([Row(bare, {})], *judge) == [None]
-    expected = {Generate("Who?")} if name in ("token_entropy", "refusal_prefix") else set()
+    answerless = ("token_entropy", "refusal_", "harm")
+    without = name.startswith(answerless) and not name.startswith("refusal_entailment")
+    expected = {Generate("Who?")} if without else set()
     assert set(metric.asks(bare).values()) == expected
 
 

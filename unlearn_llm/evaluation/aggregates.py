@@ -59,6 +59,36 @@ def fraction(columns: Columns, *, probe: str, metric: str, at_least: float = 0.5
     return of_column(columns, probe, metric, lambda v: scores.fraction(v, at_least=at_least))
 
 
+@aggregate("below")
+def below(columns: Columns, *, probe: str, metric: str, threshold: float) -> Score:
+    """Share of rows of one column with less than the threshold; the note says which it was.
+
+    Source: this package; "safe rate" in DualOptim+'s tables, whose judge and threshold are not
+        published. Differs: unknown.
+    """
+
+    def share(values: Sequence[Any]) -> Score:
+        score = scores.fraction(values, at_least=threshold)
+        if score.value is None:
+            return score
+        note = "; ".join(filter(None, [f"{metric} below {threshold:g}", score.note]))
+        return Score(1 - score.value, score.n, note)
+
+    return of_column(columns, probe, metric, share)
+
+
+@aggregate("average")
+def average(columns: Columns, *, members: Sequence[Mapping[str, Any]]) -> Score:
+    """Arithmetic mean of other scores, whatever their numbers of rows; `members` as in `hmean`.
+
+    Source: "AVG" in DualOptim+'s tables of safety and downstream tasks. Differs: no difference.
+    """
+    named = _members(columns, members)
+    if not named:
+        return Score.missing("no members given")
+    return scores.combine(named, lambda values: sum(values) / len(values))
+
+
 @aggregate("hmean")
 def hmean(columns: Columns, *, members: Sequence[Mapping[str, Any]]) -> Score:
     """Harmonic mean of other scores.
@@ -68,12 +98,17 @@ def hmean(columns: Columns, *, members: Sequence[Mapping[str, Any]]) -> Score:
 
     Source: scipy.stats.hmean. Differs: no difference.
     """
+    named = _members(columns, members)
+    return scores.harmonic_mean(named) if named else Score.missing("no members given")
+
+
+def _members(columns: Columns, members: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
     named: dict[str, Score] = {}
     for index, member in enumerate(members):
         options = dict(member)
         name = str(options.pop("aggregate", "mean"))
         named[f"member {index + 1} ({name})"] = AGGREGATES[name](columns, **options)
-    return scores.harmonic_mean(named) if named else Score.missing("no members given")
+    return named
 
 
 @aggregate("truth_ratio_nonforget")

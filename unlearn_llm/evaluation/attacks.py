@@ -10,6 +10,10 @@ from unlearn_llm.evaluation import roc, scores
 from unlearn_llm.evaluation.columns import Columns, aggregate, by_id, column
 from unlearn_llm.evaluation.scores import Score, Values
 
+MUSE_RETRAINED = {"news": 0.4772, "books": 0.5393}
+"""MUSE's forget_holdout_Min-40% of its retrained models: the chance that a forget row looks less
+like a member."""
+
 
 @aggregate("mia_auc")
 def mia_auc(
@@ -94,6 +98,32 @@ def privleak(
         return score
     used = f"reference AUC {found['reference mia_auc'].value:.6g}"
     return Score(score.value, found["mia_auc"].n, "; ".join(filter(None, (used, score.note))))
+
+
+@aggregate("privleak_muse")
+def privleak_muse(
+    columns: Columns,
+    *,
+    corpus: str,
+    metric: str = "mia_min_k",
+    forget: str = "forget",
+    holdout: str = "holdout",
+) -> Score:
+    """Leakage in percent against the retrained model's AUC that MUSE states for its corpora.
+
+    Source: MUSE, swj0419/muse_bench@fcd6651: 100 (AUC - AUC_retrain) / AUC_retrain. Differs: 1e-10
+        in the denominator; the AUC is computed the other way round, `mia_auc` is one minus theirs.
+    """
+    if corpus not in MUSE_RETRAINED:
+        known = ", ".join(MUSE_RETRAINED)
+        return Score.missing(f"no published AUC for the corpus {corpus!r}; known: {known}")
+    return privleak(
+        columns,
+        metric=metric,
+        forget=forget,
+        holdout=holdout,
+        reference_auc=1 - MUSE_RETRAINED[corpus],
+    )
 
 
 def membership_scores(

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,14 @@ from unlearn_llm.evaluation.aggregates import Score
 from unlearn_llm.evaluation.intervals import with_intervals
 from unlearn_llm.evaluation.journal import Journal, read_journal, remove_journal
 from unlearn_llm.evaluation.judges import Judges, NotLoaded
+from unlearn_llm.evaluation.lm_eval import (
+    TaskResult,
+    facts,
+    load_tasks,
+    run_tasks,
+    with_notes,
+    with_scores,
+)
 from unlearn_llm.evaluation.metrics import METRICS
 from unlearn_llm.evaluation.provenance import versions
 from unlearn_llm.evaluation.records import (
@@ -107,12 +115,14 @@ def evaluate(
         UserError: data, reference or an answer cannot be read.
     """
     started = time.perf_counter()
+    encoder = _encoder_of(suite, encoder)
     names = {kind: judge.name for kind, judge in (judges or {}).items()}
     suite = suite.model_copy(update={"judges": {**suite.judges, **names}}).with_proxies()
     reference_path = reference_records or suite.reference
     # Before anything expensive: a mistyped path must not show after an hour.
     reference = columns_of(read_records(reference_path)) if reference_path else None
-    probes = {name: samples_of(suite, name) for name in suite.probes}
+    tasks = load_tasks(suite, model)
+    probes = {name: samples_of(suite, name) for name in suite.own_probes}
     asked = {name: [_asks(suite, name, s) for s in p.samples] for name, p in probes.items()}
     limits = {name: getattr(suite, name) for name in ("max_new_tokens", "max_total_tokens")}
     runner: Runner | VllmRunner
@@ -131,32 +141,38 @@ def evaluate(
     answered = time.perf_counter()
 
     def measure() -> Evaluation:
+        of_tasks = run_tasks(tasks, suite, model, encoder.tokenizer)
+        scored = with_scores(suite, of_tasks)
         rows = {
             name: [
                 Row(sample, {key: answers[request] for key, request in requests.items()})
                 for sample, requests in zip(probes[name].samples, asked[name], strict=True)
             ]
-            for name in suite.probes
+            for name in probes
         }
         judged = _Judged(suite, judges or {})
         columns = _measure(suite, rows, judged)
         judged.release()
         records = _records(rows, columns)
+        reasons = dict(judged.reasons)
+        for result in of_tasks.values():
+            records += result.records
+            reasons |= result.reasons
         found = columns_of(records)
-        scores = score_all(suite, found, reference, judged.reasons)
-        scores, intervals = with_intervals(suite, scores, found, reference)
+        scores = score_all(scored, found, reference, reasons)
+        scores, intervals = with_intervals(scored, scores, found, reference)
+        scores = with_notes(scored, scores, of_tasks)
         details = {
-            **scores_json(suite, scores),
+            **scores_json(scored, scores, of_tasks),
             "intervals": intervals,
-            "not_measured": judged.reasons,
+            "not_measured": reasons,
             "judges": judged.names,
-            "probes": {
-                name: _probe_json(columns[name], probes[name].notes) for name in suite.probes
-            },
+            "probes": {name: _probe_json(columns[name], probes[name].notes) for name in probes},
+            "tasks": {name: result.about for name, result in of_tasks.items()},
             "requests": _count(answers),
             "reference": str(reference_path) if reference_path else None,
             "model": subject,
-            "suite": as_plain(suite),
+            "suite": as_plain(scored),
             "versions": versions(),
             "seconds": {
                 "answers": round(answered - started, 3),
@@ -210,6 +226,15 @@ def on_first_process(function: Callable[[], T]) -> T:
         raise outcome[1]
     result: T = outcome[0]
     return result
+
+
+def _encoder_of(suite: Suite, encoder: Encoder) -> Encoder:
+    """Give the encoder with what the suite says in place of the model's settings."""
+    return replace(
+        encoder,
+        template=suite.template or encoder.template,
+        max_length=suite.max_length or encoder.max_length,
+    )
 
 
 def _distributed() -> bool:
@@ -290,10 +315,10 @@ def _measure(
     suite: Suite, rows: Mapping[str, Sequence[Row]], judged: _Judged
 ) -> dict[str, dict[str, Column]]:
     """Compute every metric of every probe; those that need a judge last."""
-    columns: dict[str, dict[str, Column]] = {name: {} for name in suite.probes}
+    columns: dict[str, dict[str, Column]] = {name: {} for name in rows}
     for with_judge in (False, True):
-        for probe, of_suite in suite.probes.items():
-            for name in of_suite.metrics:
+        for probe in rows:
+            for name in suite.probes[probe].metrics:
                 metric = METRICS[name]
                 if bool(metric.judge) != with_judge:
                     continue
@@ -314,16 +339,23 @@ def _records(
     ]
 
 
-def scores_json(suite: Suite, scores: Mapping[str, Score]) -> dict[str, Any]:
+def scores_json(
+    suite: Suite, scores: Mapping[str, Score], of_tasks: Mapping[str, TaskResult] | None = None
+) -> dict[str, Any]:
     """Give the scores as scores.json has them.
 
     Args:
         suite: With its proxies put in place.
+        of_tasks: What came out of lm-eval's tasks, which have more to say.
     """
     made = zip(scores.items(), suite.scores.values(), strict=True)
     return {
         "scores": {
-            name: {**asdict(score), "aggregate": of_suite.aggregate}
+            name: {
+                **asdict(score),
+                "aggregate": of_suite.aggregate,
+                **facts(of_suite, of_tasks or {}),
+            }
             for (name, score), of_suite in made
         }
     }

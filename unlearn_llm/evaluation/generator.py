@@ -72,12 +72,13 @@ class Generator:
         if open_items:
             go_on = self._step_by_step if self._steps else self._call
             new_ids |= go_on(open_items, rooms)
-        return [(request, self._read(ids)) for request, ids in new_ids.items()]
+        return [(item.key, self._read(new_ids[item.key], item.key.stop)) for item in batch]
 
     def _room(self, item: Item) -> int:
         """How many new tokens a prompt may get."""
         limits = [limit for limit in (self._context, self._max_total_tokens) if limit is not None]
-        return max(0, min([self.extra, *(limit - len(item.ids) for limit in limits)]))
+        most = min(self.extra, item.key.max_new_tokens or self.extra)
+        return max(0, min([most, *(limit - len(item.ids) for limit in limits)]))
 
     def _step_by_step(
         self, batch: Sequence[Item], rooms: Mapping[Request, int]
@@ -144,9 +145,9 @@ class Generator:
     def _is_open(self, ids: Sequence[int], room: int) -> bool:
         return len(ids) < room and not (ids and ids[-1] in self.stop_ids)
 
-    def _read(self, ids: list[int]) -> Generation:
+    def _read(self, ids: list[int], stop: Sequence[str]) -> Generation:
         finished = bool(ids) and ids[-1] in self.stop_ids
-        return read_generation(ids[:-1] if finished else ids, finished, self.encoder)
+        return read_generation(ids[:-1] if finished else ids, finished, self.encoder, stop)
 
     def _cut(self, ids: list[int]) -> list[int]:
         """Keep the ids up to the first stop token; pads stand after it."""
@@ -156,9 +157,13 @@ class Generator:
         return ids
 
 
-def read_generation(ids: Sequence[int], finished: bool, encoder: Encoder) -> Generation:
-    """Make text of new tokens; a stop token at the end says nothing."""
-    text = str(encoder.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+def read_generation(
+    ids: Sequence[int], finished: bool, encoder: Encoder, stop: Sequence[str] = ()
+) -> Generation:
+    """Make text of new tokens, up to the first of the texts that stop it."""
+    text = str(encoder.tokenizer.decode(list(ids), skip_special_tokens=True))
+    ends = [text.find(mark) for mark in stop if mark in text]
+    text = text[: min(ends, default=len(text))].strip()
     return Generation(text, tuple(encoder.tokenizer.tokenize(text)), finished)
 
 

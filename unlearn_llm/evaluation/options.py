@@ -67,7 +67,7 @@ def _parts(
     aggregate: str, options: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Yield the aggregates inside a composite one: option, aggregate, its options."""
-    if aggregate == "hmean":
+    if aggregate in ("hmean", "average"):
         for member in options.get("members", ()):
             yield "members", _aggregate_of(member), _given(member)
     if aggregate == "ovr":

@@ -90,10 +90,11 @@ def table(
     rows = side_by_side(evaluations, names)
     made = Table("model", title=title)
     for name in next(iter(rows.values()), {}):
-        # Folded, not cut: a name that loses its "_proxy" would pass for the published score.
-        made.add_column(name, justify="right", overflow="fold")
+        # Folded, not cut: a name that loses its "_proxy" would pass for the published score. And as
+        # Text: rich takes "[gold]" in a string, which may be a judge's name, for a colour.
+        made.add_column(Text(name), justify="right", overflow="fold")
     for model, scores in rows.items():
-        made.add_row(model, *(score["text"] for score in scores.values()))
+        made.add_row(Text(model), *(score["text"] for score in scores.values()))
     return made
 
 
@@ -115,7 +116,7 @@ def comparison(differences: Mapping[str, Difference], names: Sequence[str]) -> T
         p_values = [None if p is None else f"{p:.3g}" for p in (each.p_value, each.wilcoxon)]
         gap = None if each.difference is None else f"{each.difference:+.4f}"
         scores = [shown(score.value) for score in (each.first, each.second)]
-        made.add_row(name, *scores, *(text or "" for text in (gap, interval, *p_values)))
+        made.add_row(Text(name), *scores, *(text or "" for text in (gap, interval, *p_values)))
     return made
 
 

@@ -20,6 +20,10 @@ class Generate:
     """What does the model answer to this question, greedily?"""
 
     question: str
+    max_new_tokens: int | None = None
+    """Where it is cut; None: at the evaluation's own limit, which is the greatest in any case."""
+    stop: tuple[str, ...] = ()
+    """Texts before the first of which it is cut."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,10 @@ class Sample:
     similar_to: str | None = None
     """What similarity compares with where that is a third text (the long answer of the
     real-person data); None: the reference."""
+    max_new_tokens: int | None = None
+    """Where the answer to this question is cut; None: where all are."""
+    stop: tuple[str, ...] = ()
+    """Texts before the first of which it is cut."""
     group: str | None = None
     """Rows of one author or person share it, since what happens to one happens to all."""
 

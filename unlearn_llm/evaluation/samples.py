@@ -9,7 +9,7 @@ from unlearn_llm.errors import RecipeError, UserError
 from unlearn_llm.evaluation.requests import Sample
 from unlearn_llm.evaluation.suite import Columns, Probe, Suite
 from unlearn_llm.registry import did_you_mean
-from unlearn_llm.rows import load_rows
+from unlearn_llm.rows import load_rows, to_pairs
 
 SPLIT = "{split}"
 # The forget splits are nested and were handed out in parts: closer-look's files have the last
@@ -36,7 +36,8 @@ def samples_of(suite: Suite, name: str) -> Samples:
     source = suite.source_of(name)
     where = f"probe {name!r} ({source})"
     numbered = list(enumerate(load_rows(source, folder=suite.folder, seed=suite.data_seed)))
-    if suite.row_order == "closer_look" and SPLIT in probe.source:
+    numbered = _filtered(numbered, probe, where)
+    if suite.row_order == "closer_look" and SPLIT in (probe.source or ""):
         numbered = closer_look_order(numbered, suite.split)
     limit = suite.limit if probe.limit is None else probe.limit
     kept = numbered if limit == "all" else numbered[:limit]
@@ -44,11 +45,42 @@ def samples_of(suite: Suite, name: str) -> Samples:
     columns, absent = _present(probe.columns, kept[0][1], where)
     notes += [f"no column {column!r}: compared with the answer" for column in absent]
     refusals = read_refusals(suite.refusals)
+    examples = _examples(suite, probe)
     samples = [
-        _sample(number, row, columns, where, refusal_of(number, refusals, suite.seed), probe)
+        _sample(
+            number, row, columns, where, refusal_of(number, refusals, suite.seed), probe, examples
+        )
         for number, row in kept
     ]
     return Samples(samples, notes)
+
+
+def _filtered(
+    rows: list[tuple[int, dict[str, Any]]], probe: Probe, where: str
+) -> list[tuple[int, dict[str, Any]]]:
+    """Keep the rows that the probe asks for; each keeps its number."""
+    for column, text in probe.where.items():
+        found = {str(row.get(column)) for _, row in rows}
+        if text not in found:
+            raise UserError(
+                f"{where}: no row has {text!r} in column {column!r}; there are "
+                f"{', '.join(sorted(found)[:8])}."
+            )
+        rows = [(number, row) for number, row in rows if str(row.get(column)) == text]
+    return rows
+
+
+def _examples(suite: Suite, probe: Probe) -> str:
+    """Write the examples that stand before every prompt of a probe."""
+    if probe.examples is None:
+        return ""
+    source = suite.filled(probe.examples.source)
+    pairs = to_pairs(load_rows(source, folder=suite.folder, seed=suite.data_seed), source)
+    return "".join(
+        # Not str.format: a question may hold braces.
+        probe.examples.text.replace("{answer}", pair.answer).replace("{question}", pair.question)
+        for pair in pairs
+    )
 
 
 def closer_look_order(rows: Sequence[Any], split: str) -> list[Any]:
@@ -97,6 +129,7 @@ def _sample(
     where: str,
     refusal: str,
     probe: Probe,
+    examples: str,
 ) -> Sample:
     values: dict[str, Any] = {part: row.get(column) for part, column in columns.items()}
     perturbed = values.pop("perturbed", None) or ()
@@ -107,8 +140,18 @@ def _sample(
                 f"{where}, row {number}: column {columns[part]!r} should hold text, got "
                 f"{type(value).__name__}."
             )
+    values.setdefault("answer", "")
     values.setdefault("paraphrased", values["answer"])
+    asked = probe.prompt.replace("{question}", values.pop("question", ""))
     if "group" not in values and probe.rows_per_author is not None:
         values["group"] = str(number // probe.rows_per_author)
     values["group"] = values.get("group") or None  # generated facts have "": nobody's
-    return Sample(id=str(number), perturbed=perturbed, refusal=refusal, **values)
+    return Sample(
+        id=str(number),
+        question=examples + asked,
+        perturbed=perturbed,
+        refusal=refusal,
+        max_new_tokens=probe.max_new_tokens,
+        stop=probe.stop,
+        **values,
+    )

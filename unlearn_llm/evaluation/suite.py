@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from unlearn_llm.data_sets import DATA_SETS
 from unlearn_llm.errors import RecipeError
 from unlearn_llm.evaluation import options as aggregate_options
 from unlearn_llm.evaluation.metrics import METRICS
@@ -17,7 +18,7 @@ from unlearn_llm.registry import did_you_mean
 from unlearn_llm.resources import EVAL
 from unlearn_llm.yaml_text import parse_yaml
 
-JudgeKind = Literal["entailment", "similarity"]
+JudgeKind = Literal["entailment", "similarity", "harmfulness", "choice"]
 Limit = Annotated[int, Field(ge=1)] | Literal["all"]
 JUDGES: tuple[JudgeKind, ...] = get_args(JudgeKind)
 
@@ -31,8 +32,10 @@ class Strict(BaseModel):
 class Columns(Strict):
     """Which columns of the data the parts of a Sample are read from."""
 
-    question: str = "question"
-    answer: str = "answer"
+    question: str | None = "question"
+    """None: the answer is a text that follows nothing."""
+    answer: str | None = "answer"
+    """None: nobody knows a right answer, only whether the given one is harmful or refuses."""
     paraphrased: str | None = None
     """None: the answer takes its part in the truth ratio."""
     perturbed: str | None = None
@@ -44,18 +47,50 @@ class Columns(Strict):
     """Whose row it is: a column with the author's or person's name, if the data has it."""
 
 
+class Examples(Strict):
+    """Questions with answers that stand before every prompt of a probe."""
+
+    source: str
+    """As a probe's."""
+    text: str
+    """How each is written; {question} and {answer} stand for the columns of these names."""
+
+
 class Probe(Strict):
     """One set of questions put to a model, with the metrics taken on it."""
 
-    source: str
+    source: str | None = None
     """As rows.load_rows takes it; `{split}` stands for the suite's split, `{holdout}` for the
     held-out one of the same size, `{authors}` for the suite's authors."""
-    metrics: list[str]
+    task: str | None = None
+    """In place of a source: a task or group of lm-eval, by its name there."""
+    shots: int | None = Field(default=None, ge=0)
+    """Examples before a question of the task; None: the task's own number."""
+    metrics: list[str] = Field(default_factory=list)
+    """For a task its own keys ("acc_norm,none"); none given: all of them."""
     columns: Columns = Columns()
     limit: Limit | None = None
     """First rows that are used; None: the suite's limit."""
+    where: dict[str, str] = Field(default_factory=dict)
+    """Only rows with this text in this column."""
+    prompt: str = "{question}"
+    """What is asked; {question} stands for the row's question."""
+    examples: Examples | None = None
+    """Questions with answers that stand before every prompt."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Where an answer is cut; None: the suite's limit, which is also the greatest."""
+    stop: tuple[str, ...] = ()
+    """Texts before the first of which an answer is cut."""
     rows_per_author: int | None = Field(default=None, ge=1)
     """For data without such a column: how many rows in line are one author's."""
+
+    @model_validator(mode="after")
+    def _check_source(self) -> "Probe":
+        if (self.source is None) == (self.task is None):
+            raise ValueError("give a source of rows, or a task of lm-eval; one of the two.")
+        if self.task is None and "metrics" not in self.model_fields_set:
+            raise ValueError("metrics is missing.")
+        return self
 
 
 class Intervals(Strict):
@@ -87,7 +122,7 @@ class Suite(Strict):
     authors: Literal["tofu", "synthetic"] = "tofu"
     """Whose rows `{authors}` stands for: TOFU's, or generated ones."""
     folder: str | None = None
-    """Folder with TOFU's files; None: the hub."""
+    """Folder with the files of the data; None: the hub."""
     data_seed: int = 0
     """Seed of generated authors (`synthetic/...`)."""
     limit: Limit = "all"
@@ -102,6 +137,10 @@ class Suite(Strict):
     seed: int = 0
     """Of the refusal line of each row."""
     max_new_tokens: int = Field(default=200, ge=1)
+    template: str | None = None
+    """Prompt template in place of the model's own; see encode.TEMPLATES."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Most tokens of question and answer, in place of the model's setting (`data.max_length`)."""
     max_total_tokens: int | None = Field(default=None, ge=2)
     """Most tokens of prompt and generation together (TOFU's code: 200); None: no such limit."""
     reference: str | None = None
@@ -114,6 +153,10 @@ class Suite(Strict):
     """Take metrics that count words in place of those that need a judge: of every kind (true), or
     of the kinds listed. All scores made of them are named `..._proxy`: they are NOT comparable
     with published numbers."""
+    tasks: list[str] | None = None
+    """Only these of the probes; what is none of them is a task of lm-eval. None: all probes."""
+    task_folders: list[str] = Field(default_factory=list)
+    """Folders with lm-eval tasks of your own."""
     probes: dict[str, Probe]
     scores: dict[str, ScoreOf]
 
@@ -125,7 +168,11 @@ class Suite(Strict):
             RecipeError: no such suite, an unknown key, a value that does not fit.
         """
         path = _find(str(name_or_path))
-        return validated(cls, {**_read(path), **overrides}, path.name)
+        content = _read(path)
+        if isinstance(content.get("judges"), dict) and isinstance(overrides.get("judges"), dict):
+            # Another judge of one kind leaves the others.
+            overrides["judges"] = {**content["judges"], **overrides["judges"]}
+        return validated(cls, {**content, **overrides}, path.name)
 
     def with_proxies(self) -> "Suite":
         """Give the suite with its proxies put in place and `_proxy` in the names, if it has any."""
@@ -136,6 +183,8 @@ class Suite(Strict):
             name: probe.model_copy(
                 update={"metrics": [aggregate_options.proxy_of(m, kinds) for m in probe.metrics]}
             )
+            if probe.task is None
+            else probe
             for name, probe in self.probes.items()
         }
         scores = {}
@@ -149,7 +198,21 @@ class Suite(Strict):
 
     def source_of(self, probe: str) -> str:
         """Give the source of a probe as rows.load_rows takes it."""
-        source = self.probes[probe].source.replace("{authors}", self.authors)
+        return self.filled(self.probes[probe].source or "")
+
+    def reads_other_than(self, data_set: str) -> bool:
+        """Does the suite read published data, and none of this data set?"""
+        kinds = {(probe.source or "").partition("/")[0] for probe in self.probes.values()}
+        return kinds <= {"", *DATA_SETS} and data_set not in kinds
+
+    @property
+    def own_probes(self) -> dict[str, Probe]:
+        """The probes that are not lm-eval's."""
+        return {name: probe for name, probe in self.probes.items() if probe.task is None}
+
+    def filled(self, source: str) -> str:
+        """Put the suite's own words in place of {authors}, {holdout} and {split}."""
+        source = source.replace("{authors}", self.authors)
         holdout = self.split.replace("forget", "holdout")
         return source.replace("{holdout}", holdout).replace("{split}", self.split)
 
@@ -157,11 +220,29 @@ class Suite(Strict):
         """Give the aggregate's options, with those that the suite decides."""
         wanted = aggregate_options.known(score.aggregate)
         decided = {"kind": self.objective_kind} if "kind" in wanted else {}
-        return {**decided, **score.options}
+        given = {
+            name: self.filled(value) if isinstance(value, str) else value
+            for name, value in score.options.items()
+        }
+        return {**decided, **given}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_tasks(cls, content: Any) -> Any:
+        """Keep the probes that `tasks` names, and the scores that are made of these alone."""
+        if not isinstance(content, dict) or not isinstance(content.get("tasks"), list):
+            return content
+        tasks, probes = content["tasks"], content.get("probes") or {}
+        scores = content.get("scores") or {}
+        return {
+            **content,
+            "probes": {name: probes.get(name, {"task": name}) for name in tasks},
+            "scores": {name: s for name, s in scores.items() if probes_of(s) <= set(tasks)},
+        }
 
     @model_validator(mode="after")
     def _check_names(self) -> "Suite":
-        for name, probe in self.probes.items():
+        for name, probe in self.own_probes.items():
             for metric in probe.metrics:
                 try:
                     METRICS[metric]
@@ -195,6 +276,14 @@ class Suite(Strict):
                 f"scores.{name}: probe {probe!r} does not take the metric {metric!r}."
                 f"{did_you_mean(metric, measured)}"
             )
+
+
+def probes_of(score: Any) -> set[str]:
+    """Name the probes that the options of a score name, wherever in them."""
+    if isinstance(score, dict):
+        named = {score["probe"]} if isinstance(score.get("probe"), str) else set()
+        return named.union(*(probes_of(value) for value in score.values()))
+    return set().union(*map(probes_of, score)) if isinstance(score, list) else set()
 
 
 def suites() -> Iterator[str]:

@@ -111,6 +111,6 @@ def _other_judges(suite: Suite, metrics: set[str]) -> str:
     others = {
         source
         for kind, source in suite.judges.items()
-        if kind in kinds and source and source != DEFAULT_SOURCES[kind]
+        if kind in kinds and source and source != DEFAULT_SOURCES.get(kind)
     }
     return f" [{', '.join(sorted(Path(source).name for source in others))}]" if others else ""

@@ -27,16 +27,17 @@ PROXY_OVERLAP = 0.5
 Column = list[float | None]
 
 
-def _asks_generation(sample: Sample) -> Mapping[str, Request]:
-    return {"generation": Generate(sample.question)}
+def asks_generation(sample: Sample) -> Mapping[str, Request]:
+    """Ask what the model answers."""
+    return {"generation": Generate(sample.question, sample.max_new_tokens, sample.stop)}
 
 
 def _asks_generation_of_answer(sample: Sample) -> Mapping[str, Request]:
-    return _asks_generation(sample) if sample.answer.strip() else {}
+    return asks_generation(sample) if sample.answer.strip() else {}
 
 
 def _asks_generation_of_refusal(sample: Sample) -> Mapping[str, Request]:
-    return _asks_generation(sample) if sample.refusal else {}
+    return asks_generation(sample) if sample.refusal else {}
 
 
 def _per_row(rows: Sequence[Row], value: Callable[[Sample, Generation], float | None]) -> Column:
@@ -52,11 +53,13 @@ def _generation(row: Row) -> Generation | None:
     return result if isinstance(result, Generation) else None
 
 
-def _rouge(rows: Sequence[Row], number: Callable[[texts.Rouge], float]) -> Column:
+def _rouge(
+    rows: Sequence[Row], number: Callable[[texts.Rouge], float], stem: bool = True
+) -> Column:
     def value(sample: Sample, generation: Generation) -> float | None:
         if not sample.answer.strip() or not texts.rouge_can_read(sample.answer):
             return None
-        return number(texts.rouge(sample.answer, generation.text))
+        return number(texts.rouge(sample.answer, generation.text, stem=stem))
 
     return _per_row(rows, value)
 
@@ -85,9 +88,19 @@ def rouge_f1(rows: Sequence[Row]) -> Column:
     """ROUGE-L F1 of the answer and the generation, stemmed, with the published tokenizer.
 
     Source: open-unlearning@d3d7cf9 on MUSE. Differs: None as in `rouge`. MUSE's own code does
-        not stem: `texts.rouge(..., stem=False)`.
+        not stem: `rouge_f1_unstemmed`.
     """
     return _rouge(rows, lambda scores: scores.rougeL_f1)
+
+
+@metric("rouge_f1_unstemmed", asks=_asks_generation_of_answer)
+def rouge_f1_unstemmed(rows: Sequence[Row]) -> Column:
+    """ROUGE-L F1 of the answer and the generation, words as they are.
+
+    Source: MUSE, swj0419/muse_bench@fcd6651 (use_stemmer=False). Differs: None as in `rouge`; in
+        [0, 1] where the paper prints percent.
+    """
+    return _rouge(rows, lambda scores: scores.rougeL_f1, stem=False)
 
 
 @metric("overlap", asks=_asks_generation_of_answer)
@@ -99,7 +112,7 @@ def overlap(rows: Sequence[Row]) -> Column:
     return _per_row(rows, lambda sample, generation: texts.overlap(sample.answer, generation.text))
 
 
-@metric("token_entropy", asks=_asks_generation)
+@metric("token_entropy", asks=asks_generation)
 def token_entropy(rows: Sequence[Row]) -> Column:
     """Entropy of the generation's tokens over the greatest possible: 0 is one token repeated.
 
@@ -109,7 +122,7 @@ def token_entropy(rows: Sequence[Row]) -> Column:
     return _per_row(rows, lambda _, generation: texts.token_entropy(generation.tokens))
 
 
-@metric("refusal_prefix", asks=_asks_generation)
+@metric("refusal_prefix", asks=asks_generation)
 def refusal_prefix(rows: Sequence[Row]) -> Column:
     """1 where the generation begins with one of XSTest's 21 refusals, else 0.
 

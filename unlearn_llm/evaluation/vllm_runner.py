@@ -117,7 +117,7 @@ class VllmRunner:
         ]
 
     def _go_on(self, prompts: Sequence[tuple[Generate, list[int]]]) -> list[tuple[Request, Result]]:
-        rooms = [self._room(ids) for _, ids in prompts]
+        rooms = [self._room(request, ids) for request, ids in prompts]
         # vLLM refuses prompts that leave no room.
         fitting = [(ids, room) for (_, ids), room in zip(prompts, rooms, strict=True) if room]
         settings = [self._settings(max_tokens=room) for _, room in fitting]
@@ -127,11 +127,13 @@ class VllmRunner:
             made = next(outputs).outputs[0] if room else None
             ids = list(made.token_ids) if made else []
             finished = made is not None and made.finish_reason == "stop"
-            found.append((request, read_generation(ids, finished, self.encoder)))
+            found.append((request, read_generation(ids, finished, self.encoder, request.stop)))
         return found
 
-    def _room(self, ids: Sequence[int]) -> int:
+    def _room(self, request: Generate, ids: Sequence[int]) -> int:
         limits = [self._max_new_tokens, self._config.max_model_len - len(ids)]
+        if request.max_new_tokens is not None:
+            limits.append(request.max_new_tokens)
         if self._max_total_tokens is not None:
             limits.append(self._max_total_tokens - len(ids))
         return max(0, min(limits))

@@ -152,7 +152,6 @@ def test_show_prints_what_copy_writes(unlearn, tmp_path):
         (["train", "synthetic/target"], ["use `unlearn finetune`"]),
         (["finetune", "synthetic/unlearn"], ["use `unlearn train`"]),
         (["train", "synthetic/unlearn", "--resume", "--overwrite"], ["give one of them"]),
-        (["train", "synthetic/unlearn", "--resume"], ["holds no checkpoint to resume from"]),
         (["train", "synthetic/unlearn", "train.sed=1"], ["train.sed", "Did you mean 'seed'?"]),
         (["train", "synthetic/unlearn", "evaluate=null"], ["there is no folder outputs/"]),
         (

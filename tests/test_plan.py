@@ -10,6 +10,7 @@ from models_for_tests import (
     weights,
 )
 
+from unlearn_llm.checkpoints import commit
 from unlearn_llm.errors import UserError
 
 
@@ -43,9 +44,11 @@ def test_a_checkpoint_of_another_plan_is_refused(tmp_path, changed):
 
 def test_a_folder_without_a_plan_is_no_checkpoint_of_ours(tmp_path):
     trainer = trained(tmp_path, max_steps=2, **SAVING)
-    (tmp_path / "checkpoint-2" / "unlearn_plan.json").unlink()
+    checkpoint = tmp_path / "checkpoint-2"
+    (checkpoint / "unlearn_plan.json").unlink()
+    commit(checkpoint.rename(tmp_path / "staged"), checkpoint)  # whole, but of the plain Trainer
     with pytest.raises(UserError, match="is no checkpoint of an unlearning run"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_resuming_where_nothing_was_saved_is_refused(tmp_path):

@@ -39,6 +39,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     2: (
         "dual_setup", "encode", "data_sets", "rows", "dataset", "models", "hidden", "scoring",
         "reference", "progress", "negate", "shared_base", "undisturbed",
+        "checkpoints",
         "evaluation/batching", "evaluation/cache", "evaluation/generator", "evaluation/gradients",
         "evaluation/judges", "evaluation/lm_eval_data", "evaluation/provenance",
         "evaluation/readings", "evaluation/runner", "evaluation/safety_judges", "evaluation/scorer",
@@ -46,13 +47,15 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     3: (
         "config", "callbacks", "combining", "masking", "trainer", "finetune", "alternates",
+        "preemption", "saving",
         "evaluation/strict", "evaluation/suite", "evaluation/samples", "evaluation/evaluate",
         "evaluation/suite_scores", "evaluation/intervals", "evaluation/comparison",
         "evaluation/lm_eval", "evaluation/lm_eval_export",
     ),
     4: (
-        "recipe", "recipe_check", "recipe_files", "published", "pipeline", "evaluating",
-        "comparing", "cli", "cli_reports", "cli_tasks", "demo", "__init__", "__main__",
+        "recipe", "recipe_check", "recipe_files", "published", "results", "pipeline",
+        "evaluating", "comparing", "cli", "cli_reports", "cli_tasks", "demo",
+        "__init__", "__main__",
         "evaluation/report",
         "evaluation/during", "evaluation/figure", "evaluation/trade_off",
         "exchange", "exchange/commands", "exchange/losses", "exchange/model_index",

@@ -16,6 +16,7 @@ from models_for_tests import (
     trained,
     weights,
 )
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from unlearn_llm.config import UnlearnConfig
@@ -95,6 +96,18 @@ def test_without_a_checkpoint_the_message_says_so(tmp_path):
     trainer = make_trainer(tmp_path, given={"objective": diverging_at(0)})
     with pytest.raises(NonFiniteError, match="No checkpoint was saved yet"):
         trainer.train()
+
+
+def test_a_retain_loss_above_its_limit_stops_the_run_before_the_weights_change(tmp_path):
+    # The model knows nothing of the retain rows: losses of 6 and 20 nats (seen in the logs).
+    trainer = make_trainer(tmp_path, max_retain_loss=5.0, **{**SAVING, "save_steps": 1})
+    with pytest.raises(NonFiniteError, match=r"retain loss is [\d.]+ \(max_retain_loss: 5\)"):
+        trainer.train()
+    assert checkpoints(tmp_path) == ["checkpoint-1"]  # of the forget step, which has no limit
+    saved = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(saved.get(name, parameter), parameter)
+    assert trained(tmp_path / "far", max_retain_loss=100.0, max_steps=2).state.global_step == 2
 
 
 def test_a_diverging_micro_batch_in_mid_window_is_seen(tmp_path):

@@ -1,7 +1,6 @@
 """The command `unlearn`. Only words here: what a command does is in pipeline.py.
 
 torch and transformers are imported inside the commands, after what can be checked without them.
-Exit codes: 0 done, 2 a mistake in what was given, 3 the run diverged, 130 Ctrl-C.
 """
 
 import json
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from unlearn_llm import cli_reports, recipe_files
-from unlearn_llm.errors import NonFiniteError, UserError
+from unlearn_llm.errors import DISK_FULL, NonFiniteError, Preempted, UserError, WriteError
 from unlearn_llm.safe_text import printable
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Replace settings, such as train.seed=2."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run, however far it came.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run's results.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
 AllScores = Annotated[bool, typer.Option("--all", help="Show the members of the composites too.")]
@@ -53,10 +52,12 @@ def main() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app()
-    except UserError as error:
-        _fail(str(error), 2)
-    except NonFiniteError as error:
-        _fail(str(error), 3)
+    except (UserError, NonFiniteError, WriteError, Preempted) as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        _fail(f"{error}. Make room and go on; what was finished is on the disk.", 5)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
 
@@ -319,10 +320,9 @@ def _show_run(recipe: "Recipe", run: "Run", as_json: bool) -> None:
     if not _is_first_process():
         return
     if as_json:
-        scores = evaluation.details["scores"] if evaluation else None
         result = {
             "folder": str(run.folder),
-            "scores": scores,
+            "scores": evaluation.details["scores"] if evaluation else None,
             "published": [asdict(score) for score in compared],
         }
         print(json.dumps(result, allow_nan=False))

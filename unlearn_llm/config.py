@@ -73,6 +73,9 @@ class UnlearnConfig(TrainingArguments):
     log-probabilities once where they suffice, else disables a fresh adapter, else copies."""
     trainable: str | None = None
     """Regular expression over parameter names: only these train. null: whatever requires grad."""
+    max_retain_loss: float | None = None
+    """Stop, as at a loss that is not finite, at a step whose retain loss is larger: what should be
+    kept is being lost. An untrained model has log(vocabulary). null: never."""
 
     # Changed defaults of TrainingArguments:
     adam_beta2: float = 0.95

@@ -19,9 +19,10 @@ from unlearn_llm.evaluation.report import read_details
 from unlearn_llm.evaluation.strict import validated
 from unlearn_llm.evaluation.suite import Suite, as_plain
 from unlearn_llm.models import ModelSettings, load_tokenizer
-from unlearn_llm.pipeline import RECIPE_FILE, run_evaluate
+from unlearn_llm.pipeline import run_evaluate
 from unlearn_llm.recipe import DataSettings, Recipe
 from unlearn_llm.recipe_check import Place, build, check_section
+from unlearn_llm.results import RECIPE_FILE
 from unlearn_llm.shared_base import SharedBase, base_of
 
 Details = dict[str, Any]

@@ -7,7 +7,6 @@ A results folder holds the model and the tokenizer, recipe.yaml, trainer_state.j
 and evaluation/ with records.jsonl and scores.json.
 """
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from unlearn_llm.alternates import alternate_answers, write_pairs
@@ -26,7 +25,7 @@ from unlearn_llm.encode import Encoder, check_context
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.during import DuringTraining
 from unlearn_llm.evaluation.evaluate import Evaluation, evaluate
-from unlearn_llm.evaluation.records import read_records, write_whole
+from unlearn_llm.evaluation.records import read_records
 from unlearn_llm.evaluation.suite import Suite
 from unlearn_llm.evaluation.trade_off import EVALUATION
 from unlearn_llm.finetune import finetune
@@ -38,20 +37,20 @@ from unlearn_llm.models import (
     new_model,
     new_tokenizer,
 )
+from unlearn_llm.preemption import listening
 from unlearn_llm.recipe import DataSettings, Recipe
+from unlearn_llm.results import (
+    begin,
+    check_folder,
+    save_model,
+    saved_evaluation,
+    saved_log,
+    saved_model,
+)
 from unlearn_llm.rows import QA, check_disjoint, load_rows, split_tasks, to_pairs
 from unlearn_llm.trainer import UnlearnTrainer
 
 logger = logging.get_logger(__name__)
-RECIPE_FILE = "recipe.yaml"
-LEFT_BY_RUNS = (
-    "checkpoint-*",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "adapter_config.json",
-    "trainer_state.json",
-    EVALUATION,
-)
 
 
 class Run(NamedTuple):
@@ -68,6 +67,7 @@ class Run(NamedTuple):
     evaluation: Evaluation | None
 
 
+@listening()
 def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Run:
     """Fine-tune a model, or train a new one, as a recipe of kind finetune says.
 
@@ -76,7 +76,7 @@ def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     """
     if recipe.kind != "finetune":
         raise UserError(f"{recipe.name} is a recipe to unlearn: use `unlearn train`.")
-    _check_folder(recipe, resume, overwrite)
+    check_folder(recipe, resume, overwrite)
     suite = _suite(recipe)
     data = recipe.data
     pairs = [pair for source in data.train for pair in _pairs(source, data)]
@@ -88,9 +88,10 @@ def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     encoder = _encoder(tokenizer, data)
     _check_encodes(encoder, pairs, "the training rows", recipe.model)
     args = recipe.arguments()
-    if resume:
-        args.resume_from_checkpoint = get_last_checkpoint(str(recipe.output_dir))
-    _write_recipe(recipe, resume)
+    standing = begin(recipe, resume)
+    if standing.trained:
+        return _go_on(recipe, suite, encoder)
+    args.resume_from_checkpoint = standing.checkpoint
     if recipe.model.new is not None:
         model = new_model(recipe.model.new, tokenizer, seed=args.seed)
     else:
@@ -101,11 +102,12 @@ def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     return _finish(trainer, recipe, kept, suite, encoder)
 
 
+@listening()
 def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Run:
     """Unlearn as a recipe says, and evaluate if it asks for that.
 
     Args:
-        resume: Go on from the last checkpoint in the folder; the recipe must be the same.
+        resume: Go on with the run in the folder, however far it came; the recipe must be the same.
         overwrite: Replace the results of an earlier run in the folder.
 
     Raises:
@@ -114,7 +116,7 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
     """
     if recipe.kind != "unlearn":
         raise UserError(f"{recipe.name} is a recipe to fine-tune: use `unlearn finetune`.")
-    _check_folder(recipe, resume, overwrite)
+    check_folder(recipe, resume, overwrite)
     suite = _suite(recipe)
     refusals = read_refusals(recipe.data.refusals)
     forget, retain = forget_and_retain(recipe.data)
@@ -127,7 +129,9 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
     during = _during(recipe, encoder)
     if resume and during is not None:
         during.check_earlier()
-    _write_recipe(recipe, resume)
+    standing = begin(recipe, resume)
+    if standing.trained:
+        return _go_on(recipe, suite, encoder)
     set_seed(args.seed)  # a fresh adapter is random
     model = load_model(recipe.model)
     kept = _Kept(model)
@@ -145,7 +149,7 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
         allow_overlap=recipe.data.allow_overlap,
     )
     _check_evaluates_whole(trainer)
-    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.train(resume_from_checkpoint=standing.checkpoint)
     if during is not None and trainer.is_world_process_zero():
         during.finish()
     return _finish(trainer, recipe, kept, suite, encoder)
@@ -242,17 +246,19 @@ def _finish(
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     folder = recipe.output_dir
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if sharded:  # weights are spread over the ranks: the Trainer gathers them, as they are
-        trainer.save_model(str(folder))
-        if trainer.is_world_process_zero():
-            # A pickle, and of no use to who loads the model.
-            (folder / "training_args.bin").unlink(missing_ok=True)
-    else:
+    if not sharded:
         kept.restore(model)
+
+    def save(target: Path) -> None:
+        if sharded:  # weights are spread over the ranks: the Trainer gathers them, as they are
+            trainer.save_model(str(target))
+        else:
+            model.save_pretrained(target)
+            encoder.tokenizer.save_pretrained(target)
         if trainer.is_world_process_zero():
-            model.save_pretrained(folder)
-            encoder.tokenizer.save_pretrained(folder)
-    trainer.save_state()
+            trainer.state.save_to_json(str(target / TRAINER_STATE_NAME))
+
+    save_model(folder, save, by_all=sharded)
     evaluation = None
     if suite is not None and sharded:
         logger.warning(
@@ -260,74 +266,35 @@ def _finish(
             f"Run: unlearn eval {folder} --suite {suite.name}"
         )
     elif suite is not None:
-        assert recipe.evaluate is not None
         trainer.optimizer = trainer.lr_scheduler = None  # their memory is needed now
         model.zero_grad(set_to_none=True)
-        model.eval()
-        evaluation = evaluate(
-            suite,
-            model,
-            encoder,
-            folder / EVALUATION,
-            reference_records=recipe.evaluate.reference,
-        )
+        evaluation = _evaluate(recipe, suite, model, encoder)
     return Run(folder, trainer.state.log_history, evaluation)
 
 
-def _check_folder(recipe: Recipe, resume: bool, overwrite: bool) -> None:
-    """Refuse to mix two runs in one folder. Every rank looks before the first one writes."""
-    folder = recipe.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"train.output_dir: {folder} is a file.")
-    if resume:
-        if not folder.is_dir() or get_last_checkpoint(str(folder)) is None:
-            raise UserError(f"{folder} holds no checkpoint to resume from.")
-        _check_same(recipe, folder / RECIPE_FILE)
-    elif recipe.model.path and folder.resolve() == Path(recipe.model.path).expanduser().resolve():
-        raise UserError(f"train.output_dir and model.path are the same folder, {folder}.")
-    elif folder.is_dir() and any(folder.iterdir()):
-        if not overwrite:
-            raise UserError(
-                f"{folder} is not empty. Give --resume to go on with that run, --overwrite to "
-                "replace it, or another train.output_dir."
-            )
-        if not (folder / RECIPE_FILE).is_file():
-            raise UserError(
-                f"{folder} holds no {RECIPE_FILE}, so it is no earlier run; nothing is overwritten."
-            )
+def _go_on(recipe: Recipe, suite: Suite | None, encoder: Encoder) -> Run:
+    """Finish a run whose model is saved: evaluate what is not evaluated yet."""
+    folder, state = recipe.output_dir, PartialState()
+    evaluation = None if suite is None else saved_evaluation(recipe, suite)
+    if suite is not None and evaluation is None:
+        if state.is_main_process:
+            logger.warning(f"{folder} is trained: only the evaluation is left.")
+        model: nn.Module = load_model(saved_model(recipe)).to(state.device)
+        evaluation = _evaluate(recipe, suite, model, encoder)
+    elif state.is_main_process:
+        logger.warning(f"{folder} is finished: nothing is left to do.")
+    return Run(folder, saved_log(folder), evaluation)
 
 
-def _check_same(recipe: Recipe, path: Path) -> None:
-    """Refuse to resume a run with other settings."""
-    before = Recipe.load(path)
-    for section in ("model", "data", "train"):
-        ours, theirs = recipe.document[section], before.document[section]
-        for key in {**theirs, **ours}:
-            if ours.get(key) != theirs.get(key):
-                raise UserError(
-                    f"{path.parent} was begun with {section}.{key}={theirs.get(key)!r}, now it is "
-                    f"{ours.get(key)!r}. Resume with the same recipe, or start anew."
-                )
-
-
-def _write_recipe(recipe: Recipe, resume: bool) -> None:
-    """Write the resolved recipe, after what an overwritten run left there is removed."""
-    state = PartialState()
-    state.wait_for_everyone()  # no rank may find our file while it looks for an earlier run's
-    folder = recipe.output_dir
-    if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            _remove_results(folder)
-        write_whole(folder / RECIPE_FILE, recipe.to_yaml())
-    state.wait_for_everyone()
-
-
-def _remove_results(folder: Path) -> None:
-    """Remove what an earlier run left and this one might not replace; nothing that is not ours."""
-    for pattern in LEFT_BY_RUNS:
-        for path in folder.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _evaluate(recipe: Recipe, suite: Suite, model: nn.Module, encoder: Encoder) -> Evaluation:
+    assert recipe.evaluate is not None
+    return evaluate(
+        suite,
+        model.eval(),
+        encoder,
+        recipe.output_dir / EVALUATION,
+        reference_records=recipe.evaluate.reference,
+    )
 
 
 def _suite(recipe: Recipe) -> Suite | None:

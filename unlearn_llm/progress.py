@@ -60,20 +60,28 @@ class RoleLog:
 
 
 def check_step(
-    losses: Mapping[Role, float], grad_norm: float, step: int, output_dir: str | None
+    losses: Mapping[Role, float],
+    grad_norm: float,
+    step: int,
+    output_dir: str | None,
+    max_retain_loss: float | None = None,
 ) -> None:
-    """Refuse a step whose losses or gradient are not finite.
+    """Refuse a step whose losses or gradient are not finite, or whose retain loss is too large.
 
     Raises:
         NonFiniteError: naming the loss, and the last checkpoint in the folder.
     """
     for role, loss in losses.items():
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            kept = get_last_checkpoint(output_dir)
-            raise NonFiniteError(
-                f"Step {step}: the {role} loss is {loss:g} and the gradient "
-                f"norm {grad_norm:g}. Stopped before the weights changed. "
-                f"{'Last good checkpoint: ' + kept if kept else 'No checkpoint was saved yet'}"
-                ". Try a smaller learning rate or forget_weight, or a bounded forget loss "
-                "(idk, me, npo)."
-            )
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        is_too_large = role == "retain" and max_retain_loss is not None and loss > max_retain_loss
+        if is_finite and not is_too_large:
+            continue
+        allowed = f" (max_retain_loss: {max_retain_loss:g})" if is_too_large else ""
+        kept = get_last_checkpoint(output_dir)
+        raise NonFiniteError(
+            f"Step {step}: the {role} loss is {loss:g}{allowed} and the gradient "
+            f"norm {grad_norm:g}. Stopped before the weights changed. "
+            f"{'Last good checkpoint: ' + kept if kept else 'No checkpoint was saved yet'}"
+            ". Try a smaller learning rate or forget_weight, or a bounded forget loss "
+            "(idk, me, npo)."
+        )

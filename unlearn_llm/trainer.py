@@ -12,8 +12,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 import unlearn_llm.losses  # noqa: F401  registers the names of the losses
 from unlearn_llm.callbacks import ForgetLearningRate, forget_lr_scale
@@ -34,6 +34,7 @@ from unlearn_llm.plan import Plan
 from unlearn_llm.progress import RoleLog, check_step
 from unlearn_llm.reference import Reference, choose_reference, frozen
 from unlearn_llm.rows import QA, as_pairs, check_disjoint
+from unlearn_llm.saving import SavingTrainer
 from unlearn_llm.schedule import Schedule, ScheduledSampler
 from unlearn_llm.scoring import score, unwrapped
 from unlearn_llm.types import ROLES, Answer, Batch, Role, Scored, Sequences
@@ -42,7 +43,7 @@ from unlearn_llm.undisturbed import undisturbed
 Rows = Sequence[QA] | Sequence[Mapping[str, Any]]
 
 
-class UnlearnTrainer(Trainer):
+class UnlearnTrainer(SavingTrainer):
     """A Trainer that forgets one data set and keeps another.
 
     Everything of the Trainer (callbacks, `report_to`, `output_dir/checkpoint-N`, resume, LoRA,
@@ -147,7 +148,7 @@ class UnlearnTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=self.collator,  # type: ignore[arg-type]  # batches are keyed by role
+            data_collator=self.collator,
             train_dataset=self.role_rows,
             # Only its presence counts: the Trainer demands one where eval_strategy is set.
             eval_dataset=None if evaluate_model is None else self.role_rows,
@@ -287,28 +288,23 @@ class UnlearnTrainer(Trainer):
         """Stop before the optimiser steps if the loss or the gradient is not finite."""
         norm = float(super()._get_grad_norm(model, grad_norm))
         losses = self.role_log.end_step(norm, self.accelerator)
-        check_step(losses, norm, self.state.global_step, self.args.output_dir)
+        step, folder = self.state.global_step, self.args.output_dir
+        check_step(losses, norm, step, folder, self.args.max_retain_loss)
         return norm
 
     def train(  # type: ignore[override]  # the rest is passed on as it is
         self, resume_from_checkpoint: str | bool | None = None, **keywords: Any
     ) -> TrainOutput:
         """Train; see Trainer.train. A checkpoint of another plan is refused."""
-        checkpoint = None
-        if resume_from_checkpoint:
-            folder = resume_from_checkpoint
-            if folder is True:
-                folder = get_last_checkpoint(self.args.output_dir)
-                if folder is None:
-                    raise UserError(f"{self.args.output_dir} holds no checkpoint to resume from.")
-            checkpoint = Path(str(folder))
+        checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
+        if checkpoint is not None:
             self._plan().check(checkpoint)
             self.combining.read(checkpoint)
         if self.reference is None:
             # Before a checkpoint is loaded: the reference is the model at the start (trap 12).
             self.reference = self._build_reference()
         self.masking.prepare(checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
+        return super().train(str(checkpoint) if checkpoint else None, **keywords)
 
     def evaluate(self, *args: Any, **keywords: Any) -> dict[str, float]:
         """Give the scores of the model, as `evaluate_model` computes them, undisturbing."""
@@ -343,11 +339,12 @@ class UnlearnTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         check_finite(model, self.state.global_step)
         super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            self._plan().write(folder)
-            self.combining.write(folder)
-            self.masking.write(folder)
+
+    def write_beside(self, checkpoint: Path) -> None:
+        """Write what else a checkpoint needs."""
+        self._plan().write(checkpoint)
+        self.combining.write(checkpoint)
+        self.masking.write(checkpoint)
 
     # What the steps are made of.
 

@@ -1,0 +1,203 @@
+"""The folder of a run: whose it is, how far the run came, and how its model gets there.
+
+A run is killed at any moment and goes on with `resume`: before its first checkpoint it starts
+anew, from then on at the newest good one, after training with the evaluation alone.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers.trainer import TRAINER_STATE_NAME
+
+from unlearn_llm.checkpoints import MANIFEST, STAGING, clean, commit_files, fault, newest
+from unlearn_llm.errors import UserError, WriteError
+from unlearn_llm.evaluation.aggregates import Score
+from unlearn_llm.evaluation.evaluate import Evaluation
+from unlearn_llm.evaluation.records import RECORDS, SCORES, read_records, write_whole
+from unlearn_llm.evaluation.suite import Suite, as_plain
+from unlearn_llm.evaluation.trade_off import EVALUATION
+from unlearn_llm.models import ModelSettings
+from unlearn_llm.recipe import Recipe
+from unlearn_llm.saving import could_not_write, first_line
+
+logger = logging.getLogger(__name__)
+RECIPE_FILE = "recipe.yaml"
+LEFT_BY_RUNS = (
+    MANIFEST,  # first: what is half removed is not finished
+    STAGING,
+    "checkpoint-*",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "adapter_config.json",
+    TRAINER_STATE_NAME,
+    EVALUATION,
+)
+HALF_WRITTEN = (f".{RECIPE_FILE}.*", f".{MANIFEST}.*", f"{EVALUATION}/**/.*.????????")
+"""What `write_whole` leaves when it is killed."""
+
+
+class Standing(NamedTuple):
+    """How far a run has come.
+
+    Attributes:
+        trained: The model is in the folder, whole.
+        checkpoint: Folder from which training goes on; None: at the first step.
+    """
+
+    trained: bool = False
+    checkpoint: str | None = None
+
+
+def check_folder(recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    """Refuse to mix two runs in one folder. Every rank looks before the first one writes."""
+    folder = recipe.output_dir
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"train.output_dir: {folder} is a file.")
+    if recipe.model.path and folder.resolve() == Path(recipe.model.path).expanduser().resolve():
+        raise UserError(f"train.output_dir and model.path are the same folder, {folder}.")
+    begun = (folder / RECIPE_FILE).is_file()
+    if resume and begun:
+        _check_same(recipe, folder / RECIPE_FILE)
+    elif folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
+        if resume:
+            raise UserError(f"{folder} holds no {RECIPE_FILE}, so it is no run to go on with.")
+        if not overwrite:
+            raise UserError(
+                f"{folder} is not empty. Give --resume to go on with that run, --overwrite to "
+                "replace it, or another train.output_dir."
+            )
+        if not begun:
+            raise UserError(
+                f"{folder} holds no {RECIPE_FILE}, so it is no earlier run; nothing is overwritten."
+            )
+
+
+def begin(recipe: Recipe, resume: bool) -> Standing:
+    """Write the resolved recipe, after what an overwritten run left there is removed.
+
+    Returns:
+        How far the run has come, the same on every process; without `resume` nowhere.
+    """
+    state = PartialState()
+    state.wait_for_everyone()  # no rank may find our file while it looks for an earlier run's
+    folder = recipe.output_dir
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            _remove_results(folder)
+        clean(folder)
+        for path in (path for pattern in HALF_WRITTEN for path in folder.glob(pattern)):
+            path.unlink()
+        write_whole(folder / RECIPE_FILE, recipe.to_yaml())
+    state.wait_for_everyone()
+    return _standing(folder) if resume else Standing()
+
+
+def save_model(folder: Path, save: Callable[[Path], None], *, by_all: bool) -> None:
+    """Write a model's files beside the folder's others, and then that they are all there.
+
+    Args:
+        save: Writes into the folder that it is given.
+        by_all: Every process calls it; otherwise only the first.
+
+    Raises:
+        WriteError: the disk is full, or refuses.
+    """
+    state = PartialState()
+    staged = folder / STAGING / "model"
+    try:
+        if by_all or state.is_main_process:
+            staged.mkdir(parents=True, exist_ok=True)
+            save(staged)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            commit_files(staged, folder)
+    except Exception as error:
+        if not could_not_write(error):
+            raise
+        raise WriteError(
+            f"The model could not be saved in {folder}: {first_line(error)}. Checkpoints are "
+            "untouched. Make room, then go on with --resume."
+        ) from error
+    state.wait_for_everyone()
+
+
+def saved_model(recipe: Recipe) -> ModelSettings:
+    """Say how the model of a finished run is loaded from its folder."""
+    settings = replace(recipe.model, path=str(recipe.output_dir), new=None)
+    if settings.lora is not None:  # the adapter brings its own, and the path of its base
+        settings = replace(settings, lora=None, extra={})
+    return settings
+
+
+def saved_log(folder: Path) -> list[dict[str, Any]]:
+    """Read the log lines of a finished run."""
+    state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    log: list[dict[str, Any]] = state["log_history"]
+    return log
+
+
+def saved_evaluation(recipe: Recipe, suite: Suite) -> Evaluation | None:
+    """Read the evaluation of a run, if it has one of this suite and reference; else None."""
+    assert recipe.evaluate is not None
+    folder = recipe.output_dir / EVALUATION
+    if not (folder / SCORES).is_file() or not (folder / RECORDS).is_file():
+        return None
+    details = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+    reference = recipe.evaluate.reference or suite.reference
+    asked = json.loads(json.dumps(as_plain(suite.with_proxies())))
+    if details["suite"] != asked or details["reference"] != (reference and str(reference)):
+        return None
+    scores = {
+        name: Score(**{key: score[key] for key in score if key != "aggregate"})
+        for name, score in details["scores"].items()
+    }
+    return Evaluation(scores, details, read_records(folder))
+
+
+def _standing(folder: Path) -> Standing:
+    state = PartialState()
+    trained = [False]
+    if state.is_main_process and (folder / MANIFEST).is_file():
+        reason = fault(folder)
+        trained = [reason is None]
+        if reason is not None:
+            logger.warning(f"The model in {folder} is damaged: {reason}. It is made again.")
+    broadcast_object_list(trained)
+    if trained[0]:
+        return Standing(trained=True)
+    checkpoint = newest(folder)
+    if state.is_main_process:
+        logger.warning(
+            f"Going on from {checkpoint}."
+            if checkpoint
+            else f"{folder} holds no checkpoint yet: the run starts anew."
+        )
+    return Standing(checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def _check_same(recipe: Recipe, path: Path) -> None:
+    """Refuse to resume a run with other settings."""
+    before = Recipe.load(path)
+    for section in ("model", "data", "train"):
+        ours, theirs = recipe.document[section], before.document[section]
+        for key in {**theirs, **ours}:
+            if ours.get(key) != theirs.get(key):
+                raise UserError(
+                    f"{path.parent} was begun with {section}.{key}={theirs.get(key)!r}, now it is "
+                    f"{ours.get(key)!r}. Resume with the same recipe, or start anew."
+                )
+
+
+def _remove_results(folder: Path) -> None:
+    """Remove what an earlier run left and this one might not replace; nothing that is not ours."""
+    for pattern in LEFT_BY_RUNS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from unlearn_llm import cli_reports, recipe_files
+from unlearn_llm import cli_attack, cli_reports, recipe_files
 from unlearn_llm.errors import NonFiniteError, UserError
 from unlearn_llm.safe_text import printable
 
@@ -33,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_reports.commands)
+app.add_typer(cli_attack.commands)
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file, or a name.")]
 Overrides = Annotated[

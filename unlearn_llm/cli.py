@@ -268,11 +268,8 @@ def list_names(as_json: AsJson = False) -> None:
         return
     sides = found.pop("objectives")
     recipes = found.pop("recipes")
-    for kind, names in (
-        ("forget losses", sides["forget"]),
-        ("retain losses", sides["retain"]),
-        *found.items(),
-    ):
+    losses = (("forget losses", sides["forget"]), ("retain losses", sides["retain"]))
+    for kind, names in (*losses, *found.items()):
         print(f"{kind:14} {', '.join(names)}")
     print("recipes", *recipe_files.summary(), sep="\n  ")
     print(f"{len(recipes)} recipes; `unlearn list --json` names each.")

@@ -2,6 +2,7 @@
 
 import pytest
 from planted import (
+    OPTIONS,
     gold,
     hides,
     outcome,
@@ -32,7 +33,7 @@ def leaking_trials(found) -> set[str]:
 
 @pytest.fixture(scope="module")
 def refuses():
-    """Refuses however it is asked; a few steps of relearning undo that."""
+    """Refuses however it is asked."""
     return hides((0, 1, 2))
 
 
@@ -62,9 +63,11 @@ def test_a_model_that_only_refuses_is_caught_by_prefix(refuses):
     assert "prefix 0.5" in leaking_trials(outcome(refuses))
 
 
-def test_a_model_that_recovers_by_relearning_is_caught_by_it(refuses):
-    longer = {"relearning": {"rows": [5], "steps": 25, "learning_rate": 2e-3}}
-    assert "relearning 5" in leaking_trials(outcome(refuses, longer))
+def test_a_model_that_recovers_by_relearning_is_caught_by_it():
+    model = hides((0, 2))
+    assert mean_of_plain(model) < mean_of_plain(gold())
+    only = {"relearning": OPTIONS["relearning"]}
+    assert "relearning 15" in leaking_trials(outcome(model, only))
 
 
 def test_a_mean_that_hides_rows_is_caught():

@@ -2,7 +2,6 @@
 
 import pytest
 from planted import (
-    OPTIONS,
     gold,
     hides,
     outcome,
@@ -61,13 +60,6 @@ def test_a_fake_that_passes_the_plain_question_is_caught_by_its_attack(fake, tri
 def test_a_model_that_only_refuses_is_caught_by_prefix(refuses):
     assert mean_of_plain(refuses) < mean_of_plain(gold())
     assert "prefix 0.5" in leaking_trials(outcome(refuses))
-
-
-def test_a_model_that_recovers_by_relearning_is_caught_by_it():
-    model = hides((0, 2))
-    assert mean_of_plain(model) < mean_of_plain(gold())
-    only = {"relearning": OPTIONS["relearning"]}
-    assert "relearning 15" in leaking_trials(outcome(model, only))
 
 
 def test_a_mean_that_hides_rows_is_caught():

@@ -1,15 +1,13 @@
 """Alternate answers for altpo: the model itself makes up other answers to the forget questions."""
 
 import json
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from unlearn_llm.dataset import Collator
 from unlearn_llm.encode import Encoder
@@ -17,6 +15,7 @@ from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.batching import Item, batches, evaluating, halving
 from unlearn_llm.evaluation.generator import greedy_config, stop_ids
 from unlearn_llm.evaluation.records import write_whole
+from unlearn_llm.gumbel import GumbelNoise
 from unlearn_llm.rows import ALTERNATE_COLUMN, QA
 from unlearn_llm.scoring import unwrapped
 
@@ -118,7 +117,8 @@ class _Sampler:
         ids = self.collator.pad([item.ids[::-1] for item in batch], self.collator.pad_id).flip(1)
         mask = self.collator.pad([[1] * len(item.ids) for item in batch], 0).flip(1)
         device = unwrapped(self.model).device
-        noise = _GumbelNoise([item.key for item in batch], self.temperature, self.seed, device)
+        seeds = [f"{self.seed}/alternate/{row}/{repeat}" for row, repeat in (i.key for i in batch)]
+        noise = GumbelNoise(seeds, self.temperature, device)
         generated = self.model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
@@ -131,26 +131,3 @@ class _Sampler:
     def _text(self, ids: list[int]) -> str:
         end = next((place for place, token in enumerate(ids) if token in self.stop), len(ids))
         return str(self.encoder.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
-
-
-class _GumbelNoise(LogitsProcessor):
-    """Turns greedy choice into sampling: the largest of logits / temperature + Gumbel noise.
-
-    Every row has a generator of its own, so that its sample does not depend on its neighbours.
-    """
-
-    def __init__(
-        self, draws: Sequence[Draw], temperature: float, seed: int, device: torch.device
-    ) -> None:
-        self.temperature = temperature
-        self.generators = []
-        for row, repeat in draws:
-            own_seed = random.Random(f"{seed}/alternate/{row}/{repeat}").getrandbits(63)
-            self.generators.append(torch.Generator(device).manual_seed(own_seed))
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        noise = torch.stack([self._gumbel(scores[0].float(), one) for one in self.generators])
-        return scores.float() / self.temperature + noise
-
-    def _gumbel(self, like: Tensor, generator: torch.Generator) -> Tensor:
-        return -torch.empty_like(like).exponential_(generator=generator).log()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from unlearn_llm import cli_reports, recipe_files
+from unlearn_llm import cli_attack, cli_reports, recipe_files
 from unlearn_llm.errors import DISK_FULL, NonFiniteError, Preempted, UserError, WriteError
 from unlearn_llm.safe_text import printable
 
@@ -32,6 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_reports.commands)
+app.add_typer(cli_attack.commands)
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file, or a name.")]
 Overrides = Annotated[
@@ -268,11 +269,8 @@ def list_names(as_json: AsJson = False) -> None:
         return
     sides = found.pop("objectives")
     recipes = found.pop("recipes")
-    for kind, names in (
-        ("forget losses", sides["forget"]),
-        ("retain losses", sides["retain"]),
-        *found.items(),
-    ):
+    losses = (("forget losses", sides["forget"]), ("retain losses", sides["retain"]))
+    for kind, names in (*losses, *found.items()):
         print(f"{kind:14} {', '.join(names)}")
     print("recipes", *recipe_files.summary(), sep="\n  ")
     print(f"{len(recipes)} recipes; `unlearn list --json` names each.")

@@ -1,6 +1,7 @@
 """What every test may ask for."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub reads it, at its import
 if not torch.cuda.is_available():  # before Triton reads it, at its import
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Last, so that nothing is hidden by a benchmark of the same name.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Combinations in the Trainer's step: split steps, checkpoints, passes, memory, what is refused."""
 
-import gc
 import math
 from types import SimpleNamespace
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from models_for_tests import SAVING, history, make_trainer, tiny_model, trained, weights
 from test_equivalence import SPLITS, assert_same_run
+from watching import Passes, live_vectors
 
 from unlearn_llm.combine import COMBINATIONS
 from unlearn_llm.combine.gradients import Projection
@@ -228,27 +228,15 @@ COSTS = {
 
 @pytest.mark.parametrize("name", COSTS)
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_passes_per_step_are_those_of_the_table(tmp_path, name, accumulation, monkeypatch):
+def test_passes_per_step_are_those_of_the_table(tmp_path, name, accumulation):
     run = settings(name) if name else JOINT
     trainer = make_trainer(
         tmp_path, **{**run, "objective": "idk+gd"}, gradient_accumulation_steps=accumulation
     )
-    counts = {"forward": 0, "backward": 0, "without": 0}
-
-    def forward(*_):
-        counts["forward" if torch.is_grad_enabled() else "without"] += 1
-
-    backward = trainer.accelerator.backward
-
-    def counted(loss, **keywords):
-        counts["backward"] += 1
-        backward(loss, **keywords)
-
-    trainer.model.register_forward_pre_hook(forward)
-    monkeypatch.setattr(trainer.accelerator, "backward", counted)
-    trainer.train()
-    passes = 4 * accumulation  # four steps
-    assert counts == dict(zip(counts, (n * passes for n in COSTS[name][:3]), strict=True))
+    with Passes(trainer) as passes:
+        trainer.train()
+    times = 4 * accumulation  # four steps
+    assert list(passes.counts.values()) == [n * times for n in COSTS[name][:3]]
 
 
 def test_with_dropout_losses_before_and_after_a_step_are_taken_without_it(tmp_path):
@@ -268,23 +256,14 @@ def test_with_dropout_losses_before_and_after_a_step_are_taken_without_it(tmp_pa
 
 @pytest.mark.parametrize("name", COSTS)
 def test_vectors_in_memory_are_those_of_the_table(tmp_path, name, monkeypatch):
-    # Tensors of the shape of the largest parameter that live between passes, without parameters
-    # and moments. A plain step has one, the gradient.
+    # What lives between passes. A plain step has one, the gradient.
     trainer = make_trainer(tmp_path, **{**(settings(name) if name else JOINT), "max_steps": 2})
-    largest = max(trainer.model.parameters(), key=torch.Tensor.numel)
-    most = [1]
+    most = [1.0]
 
     def look(function):
         def looked(*given):
             result = function(*given)
-            moments = [v for state in trainer.optimizer.state.values() for v in state.values()]
-            own = {t.data_ptr() for t in (*trainer.model.parameters(), *moments)}
-            found = {
-                thing.data_ptr()
-                for thing in gc.get_objects()
-                if type(thing) is torch.Tensor and thing.shape == largest.shape
-            }
-            most.append(len(found - own))
+            most.append(live_vectors(trainer))
             return result
 
         return looked

@@ -131,6 +131,23 @@ def test_methods_of_other_papers_have_their_own_settings(recipes):
         assert recipe.objective().forget.layers == recipe.objective().retain.layers
 
 
+def test_pdu_has_its_published_settings(recipes):
+    # methods.md 1.13; its dual variable rests for 5 of 10 epochs, of 40, 200 and 400 rows by 32.
+    of_pdu = {name: r for name, r in recipes.items() if name.startswith("tofu/pdu/")}
+    assert len(of_pdu) == 3
+    for name, recipe in of_pdu.items():
+        split = name.rsplit("/", 1)[-1]
+        assert recipe.data.forget == f"tofu/{split}"
+        assert (recipe.setting("objective"), recipe.setting("combine")) == ("pdu+gd", "pdu")
+        rows = {"forget01": 40, "forget05": 200, "forget10": 400}[split]
+        published = {"initial": 100.0, "eps": 0.3, "rate": 5.0}
+        resting = {"warmup_steps": math.ceil(5 * rows / 32)}
+        assert recipe.setting("combine_parameters") == published | resting
+        micro, accumulation = "per_device_train_batch_size", "gradient_accumulation_steps"
+        assert recipe.train[micro] * recipe.train[accumulation] == 32
+        assert recipe.train["num_train_epochs"] == 10
+
+
 # Published numbers.
 
 

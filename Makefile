@@ -11,8 +11,9 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 demo: $(VENV)/ready
 	HF_HUB_OFFLINE=1 $(BIN)/unlearn demo
 
+# By file, so that what a file's tests share is made once.
 test: $(VENV)/ready
-	$(TEST_ENV) $(BIN)/python -m pytest
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 slow: $(VENV)/ready
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow

@@ -20,9 +20,9 @@ from unlearn_llm.evaluating import FROM_RUN
 from unlearn_llm.evaluation.provenance import describe_model, versions
 from unlearn_llm.evaluation.records import write_json
 from unlearn_llm.models import ModelSettings, load_model, load_tokenizer
-from unlearn_llm.pipeline import RECIPE_FILE
 from unlearn_llm.recipe import DataSettings, Recipe
 from unlearn_llm.recipe_check import Place, build, check_section
+from unlearn_llm.results import RECIPE_FILE
 from unlearn_llm.rows import load_rows, to_pairs
 
 ATTACKS_FILE = "attacks.json"

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from unlearn_llm.attacks.base import Fact, Subject
 from unlearn_llm.dataset import Collator
 from unlearn_llm.evaluation.batching import Item, batches, evaluating, halving
-from unlearn_llm.evaluation.generator import stop_ids
+from unlearn_llm.evaluation.generator import greedy_config, stop_ids
 from unlearn_llm.evaluation.requests import Generate
 from unlearn_llm.evaluation.runner import Runner
 from unlearn_llm.evaluation.texts import overlap
@@ -79,7 +79,7 @@ def continuations(
         generated = model.generate(
             input_ids=ids.to(inner.device),
             attention_mask=mask.to(inner.device),
-            generation_config=_greedy(limit, collator.pad_id, ends),
+            generation_config=greedy_config(limit, collator.pad_id, ends),
             logits_processor=noise,
         )
         new = generated[:, ids.shape[1] :].tolist()
@@ -95,22 +95,6 @@ def continuations(
             for part in halving(go_on, batch):
                 found.update(part)
     return found
-
-
-def _greedy(limit: int, pad_id: int, ends: set[int]) -> GenerationConfig:
-    """Named one by one: what is left out comes from the model's own generation_config."""
-    return GenerationConfig(
-        max_new_tokens=limit,
-        do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        pad_token_id=pad_id,
-        eos_token_id=sorted(ends),
-    )
 
 
 def _text(tokenizer: Any, ids: Sequence[int], ends: set[int]) -> str:

@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from unlearn_llm.errors import UserError
-from unlearn_llm.evaluation import attacks as attacks  # registers its aggregates
+from unlearn_llm.evaluation import (
+    membership_scores as membership_scores,  # registers its aggregates
+)
 from unlearn_llm.evaluation import scores
 from unlearn_llm.evaluation.columns import (
     AGGREGATES as AGGREGATES,

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unlearn_llm.evaluation.aggregates import AGGREGATES, Score
-from unlearn_llm.evaluation.attacks import membership_scores
 from unlearn_llm.evaluation.columns import Columns
 from unlearn_llm.evaluation.judges import DEFAULT_SOURCES
+from unlearn_llm.evaluation.membership_scores import membership_scores
 from unlearn_llm.evaluation.metrics import METRICS
 from unlearn_llm.evaluation.options import metrics_of
 from unlearn_llm.evaluation.roc import roc_curve

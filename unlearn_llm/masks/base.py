@@ -38,7 +38,7 @@ class Mask:
 
     def choose(self, gradients: Gradients) -> list[Tensor]:
         """Give a bool tensor for each parameter, True where an entry may move."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} is a Mask, so it must define choose().")
 
 
 MASKS: Registry[type[Mask]] = Registry("mask")

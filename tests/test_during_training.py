@@ -14,6 +14,7 @@ from models_for_tests import trained, weights
 from test_cli import refused, unlearn, work  # noqa: F401  fixtures
 
 from unlearn_llm import shared_base
+from unlearn_llm.checkpoints import MANIFEST
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation import during
 from unlearn_llm.evaluation.during import same_rows
@@ -205,6 +206,7 @@ def test_a_resumed_run_completes_the_curve(inside, unlearn):  # noqa: F811
     for gone in ("checkpoint-4", "evaluation/step-4"):
         shutil.rmtree(inside / "run" / gone)
     (inside / "run" / "evaluation" / "trade_off.csv").unlink()
+    (inside / "run" / MANIFEST).unlink()  # as a run that was killed before it saved its model
     given = ["train", "forget.yaml", *RUN, *EVALUATED, "train.output_dir=run", "--resume"]
     refused(unlearn(*given, "evaluate.during={limit: 1}"), "unlike suite.limit: 2 and 1")
     done = unlearn(*given)

@@ -32,7 +32,7 @@ OPTIONS = {
     "probability": {},
     "probing": {},
     "quantisation": {"formats": ["int8", "nf4"]},
-    "relearning": {"rows": [5, 15], "steps": 8, "learning_rate": 2e-3},
+    "relearning": {"rows": [5, 15], "steps": 20, "learning_rate": 1e-3},
     "sampling": {"samples": 4},
     "translation": {},
     "unrelated": {"rows": 15, "steps": 8, "learning_rate": 2e-3},

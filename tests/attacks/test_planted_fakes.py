@@ -2,6 +2,7 @@
 
 import pytest
 from planted import (
+    OPTIONS,
     gold,
     hides,
     outcome,
@@ -57,9 +58,16 @@ def test_a_fake_that_passes_the_plain_question_is_caught_by_its_attack(fake, tri
     assert trial in leaking_trials(outcome(model))
 
 
-def test_a_model_that_only_refuses_is_caught_by_prefix(refuses):
+def test_a_model_that_only_refuses_is_caught_by_prefix_and_by_relearning(refuses):
     assert mean_of_plain(refuses) < mean_of_plain(gold())
-    assert "prefix 0.5" in leaking_trials(outcome(refuses))
+    assert leaking_trials(outcome(refuses)) >= {"prefix 0.5", "relearning 15"}
+
+
+def test_relearning_alone_catches_what_no_question_shows(refuses):
+    found = outcome(
+        refuses, {name: OPTIONS[name] for name in ("plain", "paraphrase", "relearning")}
+    )
+    assert leaking_trials(found) == {"relearning 15"}
 
 
 def test_a_mean_that_hides_rows_is_caught():

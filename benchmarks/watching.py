@@ -49,7 +49,10 @@ def live_vectors(trainer: Trainer) -> float:
     """Count the vectors of the size of the model that are alive, without weights and moments.
 
     Seen by tensors of the largest parameter's shape, so that few other tensors look like them.
+    Another model of that shape in the same process must be gone: what only the collector would
+    free, as a trainer before this one, is freed first.
     """
+    gc.collect()
     parameters = list(trainer.model.parameters())
     shape = max(parameters, key=torch.Tensor.numel).shape
     own = {tensor.data_ptr() for tensor in (*parameters, *_moments(trainer))}

@@ -13,6 +13,7 @@ from models_for_tests import make_trainer, small_tokenizer, tiny_model
 from unlearn_llm.combine import COMBINATIONS
 from unlearn_llm.errors import NonFiniteError, UserError
 from unlearn_llm.masks import MASKS
+from unlearn_llm.models import NewModel, new_model
 from unlearn_llm.objective import FORGET_LOSSES, RETAIN_LOSSES
 from unlearn_llm.optim import OPTIMIZERS
 from unlearn_llm.recipe import Recipe
@@ -236,9 +237,10 @@ def test_the_readme_has_a_place_for_the_table():
 
 def test_a_watched_run_counts_and_takes_the_losses_of_the_trainer(tmp_path):
     watch = measured_run.Watch()
-    trainer = make_trainer(
-        tmp_path, objective="npo+kl", schedule="joint", max_steps=3, learning_rate=1e-3
-    )
+    # Of a shape of its own: another test's model would be counted as a vector, were it still alive.
+    size = NewModel(family="llama", hidden_size=40, layers=2, heads=2, context=256)
+    model = new_model(size, small_tokenizer(), seed=0)
+    trainer = make_trainer(tmp_path, model, objective="npo+kl", schedule="joint", max_steps=3)
     trainer.add_callback(watch)
     watch.trainer = trainer
     trainer.train()

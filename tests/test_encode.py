@@ -99,6 +99,16 @@ def test_a_token_that_straddles_the_border_belongs_to_the_answer(tokenizer):
     assert tokenizer.decode(encoded.ids[1 : encoded.n_prompt]) == f"Question: {QUESTION}\nAnswer:"
 
 
+def test_a_blank_that_stays_a_token_of_its_own_is_the_answer_s_first_token(tokenizer):
+    # No merge joins a blank to a section sign; the model has to learn to begin with the blank.
+    encoder = Encoder(tokenizer, "plain")
+    encoded = one(encoder, answer="§ 17")
+    scored = encoded.ids[encoded.n_prompt :]
+    assert tokenizer.decode(scored[:1]) == " "
+    assert tokenizer.decode(scored[:-1]) == " § 17"
+    assert encoder.prompts([QUESTION]) == [encoded.ids[: encoded.n_prompt]]
+
+
 def test_a_straddling_token_is_no_reason_to_tokenise_in_another_context(tokenizer):
     # A merge across the border: "un" + "known" is read as the text "unknown" is read.
     encoder = Encoder(tokenizer, Template(question_end=" un"))

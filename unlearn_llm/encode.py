@@ -24,7 +24,7 @@ class Template:
     scored_tag: bool = False
     """Does the loss cover the answer tag too? (TOFU's Phi-1.5 recipe does that.)"""
     verbatim: bool = False
-    """Is a blank at the end of the prompt given to the model too?"""
+    """Does a blank at the end of the prompt belong to the prompt, and not to the answer?"""
 
 
 CHAT = "chat"
@@ -130,13 +130,10 @@ class Encoder:
     def prompts(self, questions: Sequence[str]) -> list[list[int]]:
         """Encode questions alone, ready for generation.
 
-        A blank at the end of the prompt is left to the answer's first token, as in training, but
-        for the template "raw".
+        Returns:
+            As many tokens as `pairs` masks, but where a token straddles the border.
         """
-        texts = [self.prompt_text(question) for question in questions]
-        if self._tags is None or not self._tags.verbatim:
-            texts = [text.rstrip(" ") for text in texts]
-        prompts = self._tokenize(texts)
+        prompts = self._tokenize([self._read(question) for question in questions])
         # Some tokenizers close every text; a closed prompt would be a finished answer.
         closes = self._tokenize(["a"])[0][-1] == self.tokenizer.eos_token_id
         return [ids[:-1] for ids in prompts] if closes else prompts
@@ -151,7 +148,7 @@ class Encoder:
         if not questions:
             return []
         distinct = list(dict.fromkeys(questions))  # a question may come with many answers
-        prompt_ids = self._tokenize([self.prompt_text(question) for question in distinct])
+        prompt_ids = self._tokenize([self._read(question) for question in distinct])
         prompt_of = dict(zip(distinct, prompt_ids, strict=True))
         texts = [self.full_text(q, a) for q, a in zip(questions, answers, strict=True)]
         encoded, faults = [], _Faults(self.max_length)
@@ -168,6 +165,15 @@ class Encoder:
             encoded.append(Encoded(self._end(ids)[: self.max_length], n_prompt))
         faults.raise_if_any()
         return encoded
+
+    def _read(self, question: str) -> str:
+        """Render what the model reads before it answers.
+
+        A blank at the end is left to the answer: most tokenizers join it to the answer's first
+        word, and where one does not, the blank is a token that has to be learnt and generated.
+        """
+        text = self.prompt_text(question)
+        return text if self._tags is not None and self._tags.verbatim else text.rstrip(" ")
 
     def _chat(self, *turns: dict[str, str], add_generation_prompt: bool = False) -> str:
         system = [{"role": "system", "content": self.system}] if self.system is not None else []

@@ -65,19 +65,34 @@ def plot(
         typer.Argument(metavar="RUN...", help="Runs that were evaluated while they trained."),
     ],
     output: Annotated[
-        Path, typer.Option(help="A .svg, .png or .pdf file; all scores go into a .csv beside it.")
-    ] = Path("trade_off.svg"),
+        Path | None,
+        typer.Option(help="A .svg, .png or .pdf file; else trade_off.svg or roc.svg."),
+    ] = None,
+    roc: Annotated[
+        bool,
+        typer.Option("--roc", help="ROC curves of membership attacks (--suite privacy)."),
+    ] = False,
     x: Annotated[str | None, typer.Option(help="Score from left to right; else UFE.")] = None,
     y: Annotated[
         str | None, typer.Option(help="Score from below; else MU18, MU9 or MU6, what there is.")
     ] = None,
 ) -> None:
-    """Draw what runs forgot against what they kept, step by step."""
-    from unlearn_llm.evaluation import figure, trade_off
+    """Draw what runs forgot against what they kept, step by step, with a .csv of all scores.
 
+    Or, with --roc, how well attacks tell the forget set from rows that nobody trained on.
+    """
+    from unlearn_llm.evaluation import figure, roc_figure, trade_off
+
+    output = output or Path("roc.svg" if roc else "trade_off.svg")
     if output.suffix not in figure.SUFFIXES:
         expected = ", ".join(figure.SUFFIXES)
         raise UserError(f"--output: expected a file ending in {expected}, got {output}.")
+    if roc:
+        if x or y:
+            raise UserError("--roc: the axes are given; leave out --x and --y.")
+        roc_figure.draw_roc(output, runs)
+        print(f"wrote {output}")
+        return
     curves = trade_off.read_curves(runs)
     trade_off.check_curves(curves)
     axes = trade_off.choose_axes(curves, x, y)

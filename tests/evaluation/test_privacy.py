@@ -1,6 +1,7 @@
 """The privacy suite from end to end: a model that learnt the forget set by heart, and a gold."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from models_for_tests import small_tokenizer, tiny_model
 
 from unlearn_llm.dataset import Collator
 from unlearn_llm.encode import Encoder
+from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.evaluate import evaluate, recompute
+from unlearn_llm.evaluation.roc_figure import draw_roc
 from unlearn_llm.evaluation.samples import samples_of
 from unlearn_llm.evaluation.suite import Suite
 from unlearn_llm.scoring import score
@@ -100,6 +103,30 @@ def test_curves_enclose_the_areas(folder, member):
     for name, curve in curves.items():
         area = np.trapezoid(curve["tpr"], curve["fpr"])
         assert area == pytest.approx(member.scores[name].value), name
+
+
+def test_curves_of_two_models_are_drawn_a_panel_an_attack(tmp_path, folder, member, gold):
+    picture = tmp_path / "roc.svg"
+    draw_roc(picture, [folder / "own", folder / "gold"])
+    text = picture.read_text(encoding="utf-8")
+    for name in member.scores:
+        if name.startswith("mia"):
+            assert text.count(f">{name}<") == 1
+            assert f">own: {member.scores[name].value:.3f}<" in text
+    # The gold model has no reference of its own, so it misses in one of six panels.
+    assert text.count(">gold: ") == 5 and text.count(">own: ") == 6
+
+
+def test_a_folder_without_whole_curves_is_refused(tmp_path, folder, member):
+    picture, damaged = tmp_path / "roc.svg", tmp_path / "damaged"
+    with pytest.raises(UserError, match=r"holds no roc\.json"):
+        draw_roc(picture, [tmp_path])
+    shutil.copytree(folder / "own", damaged)
+    for content, said in (('{"mia_loss": {"fpr": [0, 1]}}', "is damaged"), ("{}", "no attack")):
+        (damaged / "roc.json").write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=said):
+            draw_roc(picture, [folder / "own", damaged])
+    assert not picture.exists()
 
 
 def test_records_hold_what_the_attacks_read_and_are_enough(suite, folder, member):

@@ -1,6 +1,9 @@
-"""Trade-off curves as a figure. matplotlib is imported when one is drawn: few runs need it."""
+"""Trade-off curves as a figure, and how any figure is written.
 
-from collections.abc import Sequence
+matplotlib is imported when one is drawn: few runs need it.
+"""
+
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +26,23 @@ def draw(path: Path, curves: Sequence[Curve], axes: Axes) -> None:
     Raises:
         UserError: matplotlib is missing.
     """
+    write_figure(path, (5.5, 4), lambda figure: _fill(figure.add_subplot(), curves, axes))
+
+
+def write_figure(path: Path, inches: tuple[float, float], fill: Callable[[Any], None]) -> None:
+    """Let a matplotlib figure be filled, and write it whole or not at all.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(f"{path.name}: {NO_MATPLOTLIB}") from error
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(5.5, 4), layout="constrained")
-        _fill(figure.add_subplot(), curves, axes)
+        figure = Figure(figsize=inches, layout="constrained")
+        fill(figure)
         temporary = path.with_name(f".{path.name}")
         try:
             date = {"Date": None} if path.suffix == ".svg" else {}

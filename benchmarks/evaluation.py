@@ -30,14 +30,14 @@ from scipy.stats import hmean
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from unlearn_llm.encode import Encoder, Template
+from unlearn_llm.encode import Encoder
 from unlearn_llm.evaluation.evaluate import evaluate
 from unlearn_llm.evaluation.suite import Suite
 from unlearn_llm.models import NewModel, new_model, new_tokenizer
 
 BATCH = 30
-# The text is that of the template "plain", but the blank counts as answer: the published code
-# counts the tokens of the question's part, which must not end within a token.
+# The template "plain". The published code counts the tokens of the question's part, which must not
+# end within a token; so the blank stands before the answer.
 BEFORE, BETWEEN, TAG = "Question: ", "\nAnswer:", " "
 
 
@@ -196,7 +196,7 @@ def _measure(given: argparse.Namespace) -> dict[str, Any]:
     suite = Suite.load(
         "tofu", folder=given.tofu, judges={}, limit=given.limit, max_new_tokens=new_tokens
     )
-    encoder = Encoder(tokenizer, Template(BEFORE, BETWEEN, TAG, scored_tag=True), given.width)
+    encoder = Encoder(tokenizer, "plain", given.width)
 
     def ours() -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:

@@ -74,8 +74,39 @@ def encoder() -> Encoder:
     texts = [text for fact in (*material.forget, *material.retain) for text in asked(fact)]
     answers = [fact.answer for fact in (*material.forget, *material.retain)]
     tokenizer = new_tokenizer([*texts, *answers, REFUSAL], vocabulary=700)
-    # No blank before the answer: a tokenizer so small would leave it a token of its own.
     return Encoder(tokenizer, Template("Question: ", "\nAnswer:"), 128)
+
+
+def in_chinese_letters(text: str) -> str:
+    """Write every letter and digit as a Chinese character, without blanks, as Chinese stands."""
+    return "".join(chr(0x4E00 + 7 * ord(sign)) for sign in text if sign.isalnum())
+
+
+@cache
+def chinese_world() -> Material:
+    """The same facts in signs that ROUGE's tokenizer drops."""
+
+    def facts(latin: tuple[Fact, ...]) -> tuple[Fact, ...]:
+        written = in_chinese_letters
+        return tuple(
+            Fact(fact.id, written(fact.question), written(fact.answer), group=fact.group)
+            for fact in latin
+        )
+
+    return Material(facts(world().forget), facts(world().retain))
+
+
+@cache
+def chinese_subject(knows_forget: bool) -> Subject:
+    """A model that learnt all facts in Chinese letters by heart, or only those to be kept."""
+    material = chinese_world()
+    facts = (*material.forget, *material.retain)
+    texts = [text for fact in facts for text in (fact.question, fact.answer)]
+    reading = Encoder(new_tokenizer(texts, vocabulary=700), max_length=64)
+    rows = [(f.question, f.answer) for f in (facts if knows_forget else material.retain)]
+    new = NewModel(hidden_size=64, layers=2, heads=4, context=170)
+    model = taught(new_model(new, reading.tokenizer, 0), rows, 2 * STEPS, RATE, reading=reading)
+    return Subject.of(model, reading, max_new_tokens=100, progress=False)
 
 
 def asked(fact: Fact) -> list[str]:
@@ -88,10 +119,11 @@ def pairs(facts, answer=None, ways=(0, 1, 2)) -> list[tuple[str, str]]:
     return [(asked(fact)[way], answer or fact.answer) for fact in facts for way in ways]
 
 
-def taught(model, rows, steps, rate, seed=0, after_step=None):
+def taught(model, rows, steps, rate, seed=0, after_step=None, reading=None):
     """Train a model on pairs of question and answer, all in memory."""
-    encoded = encoder().pairs([q for q, _ in rows], [a for _, a in rows])
-    collator = Collator(encoder().tokenizer.pad_token_id)
+    reading = reading or encoder()
+    encoded = reading.pairs([q for q, _ in rows], [a for _, a in rows])
+    collator = Collator(reading.tokenizer.pad_token_id)
     ids = collator.pad([one.ids for one in encoded], collator.pad_id)
     labels = collator.pad([one.labels for one in encoded], IGNORE_INDEX)
     mask = collator.pad([[1] * len(one.ids) for one in encoded], 0)

@@ -32,15 +32,27 @@ def prefix(
         rows = [fact for fact in material.forget if all(split[fact.id])]
         if not rows:
             raise NotMeasured("no answer is long enough to be cut")
-        encoded = subject.encoder.pairs([f.question for f in rows], [split[f.id][0] for f in rows])
-        prompts = [  # without the token that ends an answer
-            Item(fact.id, one.ids[:-1]) for fact, one in zip(rows, encoded, strict=True)
+        questions = [fact.question for fact in rows]
+        begun = subject.encoder.pairs(questions, [split[fact.id][0] for fact in rows])
+        whole = subject.encoder.pairs(questions, [fact.answer for fact in rows])
+        prompts = [
+            Item(fact.id, _together(part.ids, full.ids))
+            for fact, part, full in zip(rows, begun, whole, strict=True)
         ]
         texts = continuations(subject, prompts)
         found = {fact.id: overlap(split[fact.id][1], texts[fact.id]) for fact in rows}
         values = {row: recall for row, recall in found.items() if recall is not None}
         trials.append(Trial(f"prefix {share:g}", values))
     return trials
+
+
+def _together(begun: list[int], whole: list[int]) -> list[int]:
+    """Give the tokens that the beginning and the whole share: no piece of a token cut in two.
+
+    A model that knows a text by heart does not know it in other tokens.
+    """
+    parted = next((i for i, (a, b) in enumerate(zip(begun, whole, strict=False)) if a != b), None)
+    return begun[:parted]
 
 
 def cut(answer: str, share: float) -> tuple[str, str]:

@@ -24,6 +24,7 @@ from unlearn_llm.recipe import DataSettings, Recipe
 from unlearn_llm.recipe_check import Place, build, check_section
 from unlearn_llm.results import RECIPE_FILE
 from unlearn_llm.rows import load_rows, to_pairs
+from unlearn_llm.safe_text import folder_name
 
 ATTACKS_FILE = "attacks.json"
 JOURNAL = "journal.json"
@@ -83,7 +84,7 @@ def attack_models(request: Request) -> dict[str, Details]:
         gold = run_attacks(subjects[request.gold], material, attacks, folder / JOURNAL)
     found = {}
     for name in request.models:
-        folder = request.output / _folder_name(name)
+        folder = request.output / folder_name(str(Path(name)))
         findings[name] = run_attacks(subjects[name], material, attacks, folder / JOURNAL)
         outcome = judge(findings[name], gold, material, rules)
         found[name] = {
@@ -226,7 +227,3 @@ def _subject(name: str, request: Request, sources: DataSettings) -> Subject:
 
 def _describe(subject: Subject) -> Details:
     return describe_model(subject.model, subject.encoder)
-
-
-def _folder_name(name: str) -> str:
-    return str(Path(name)).replace("/", "--")

@@ -20,6 +20,7 @@ from unlearn_llm.evaluating import FROM_RUN
 from unlearn_llm.evaluation.provenance import describe_model, versions
 from unlearn_llm.evaluation.records import write_json
 from unlearn_llm.models import ModelSettings, load_model, load_tokenizer
+from unlearn_llm.private import private_folder
 from unlearn_llm.recipe import DataSettings, Recipe
 from unlearn_llm.recipe_check import Place, build, check_section
 from unlearn_llm.results import RECIPE_FILE
@@ -81,11 +82,15 @@ def attack_models(request: Request) -> dict[str, Details]:
     gold = None
     if request.gold is not None:
         folder = request.output / GOLD
-        gold = run_attacks(subjects[request.gold], material, attacks, folder / JOURNAL)
+        gold = run_attacks(
+            subjects[request.gold], material, attacks, private_folder(folder) / JOURNAL
+        )
     found = {}
     for name in request.models:
         folder = request.output / folder_name(str(Path(name)))
-        findings[name] = run_attacks(subjects[name], material, attacks, folder / JOURNAL)
+        findings[name] = run_attacks(
+            subjects[name], material, attacks, private_folder(folder) / JOURNAL
+        )
         outcome = judge(findings[name], gold, material, rules)
         found[name] = {
             **details(outcome, findings[name], gold, rules),

@@ -190,9 +190,8 @@ def phase(output: Path, has_begun: bool) -> str:
 def compare(whole: Path, other: Path) -> dict[str, Any]:
     """Compare the results of two runs."""
     (weights,) = whole.glob("*.safetensors")
-    records = [
-        (run / "evaluation" / "records.jsonl").read_text().splitlines() for run in (whole, other)
-    ]
+    texts = Path("evaluation", "private", "records.jsonl")
+    records = [(run / texts).read_text().splitlines() for run in (whole, other)]
     found = Counter(records[1])
     return {
         "bit_equal": weights.read_bytes() == (other / weights.name).read_bytes(),

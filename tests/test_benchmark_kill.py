@@ -20,9 +20,10 @@ def kill():
 
 
 def run_folder(folder: Path, weights: bytes, records: str, loss: float) -> Path:
-    (folder / "evaluation").mkdir(parents=True)
+    texts = folder / "evaluation" / "private"
+    texts.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(weights)
-    (folder / "evaluation" / "records.jsonl").write_text(records)
+    (texts / "records.jsonl").write_text(records)
     log = [{"loss": loss}, {"train_runtime": id(folder)}]
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     return folder

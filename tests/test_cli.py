@@ -309,11 +309,15 @@ def test_an_interrupted_evaluation_goes_on_by_itself(unlearn, target, monkeypatc
     monkeypatch.setattr(Generator, "answer", interrupted)
     assert unlearn(*given, "--output", "cut").code != 0
     folder = Path("cut/synthetic/target")
-    assert [path.name for path in folder.iterdir()] == ["answers-0.jsonl"]
+    assert [str(path.relative_to(folder)) for path in folder.rglob("*")] == [
+        "private",
+        "private/answers-0.jsonl",
+    ]
     monkeypatch.setattr(Generator, "answer", generated)
     monkeypatch.setattr(Scorer, "answer", interrupted)  # which has done its work
     assert unlearn(*given, "--output", "cut").code == 0
-    assert sorted(path.name for path in folder.iterdir()) == ["records.jsonl", "scores.json"]
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    assert names == ["private", "private/records.jsonl", "records.jsonl", "scores.json"]
 
 
 def test_an_earlier_evaluation_is_not_overwritten_unasked(unlearn, target):

@@ -19,7 +19,7 @@ from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation import during
 from unlearn_llm.evaluation.during import same_rows
 from unlearn_llm.evaluation.evaluate import Evaluation, recompute
-from unlearn_llm.evaluation.records import read_records
+from unlearn_llm.evaluation.records import read_private_records
 from unlearn_llm.evaluation.report import labels
 from unlearn_llm.evaluation.suite import Suite, as_plain
 from unlearn_llm.models import load_model
@@ -114,7 +114,7 @@ def test_scores_by_step_are_logged_and_kept_without_texts(runs):
         for line in json.loads((runs / "run" / "trainer_state.json").read_text())["log_history"]
         if "eval_UFE_proxy" in line
     }
-    texts = [record["question"] for record in read_records(folder)]
+    texts = [record["question"] for record in read_private_records(folder)]
     for step in (0, 2, 4):
         assert [path.name for path in (folder / f"step-{step}").iterdir()] == ["scores.json"]
         details = json.loads((folder / f"step-{step}" / "scores.json").read_text())
@@ -127,7 +127,9 @@ def test_scores_by_step_are_logged_and_kept_without_texts(runs):
 
 def test_the_last_step_has_the_scores_of_the_end_on_its_rows(runs):
     folder = runs / "run" / "evaluation"
-    kept = [record for record in read_records(folder) if record["id"] in ids_of_step(folder)]
+    kept = [
+        record for record in read_private_records(folder) if record["id"] in ids_of_step(folder)
+    ]
     first = runs / "first_rows.jsonl"
     first.write_text("".join(json.dumps(record) + "\n" for record in kept))
     suite = Suite.load("synthetic", split="forget05", limit=2)
@@ -139,7 +141,9 @@ def test_the_last_step_has_the_scores_of_the_end_on_its_rows(runs):
 
 def ids_of_step(folder):
     """The first two rows of each probe; all probes number their rows alike."""
-    ids = sorted({record["id"] for record in read_records(folder) if record["probe"] == "forget"})
+    ids = sorted(
+        {record["id"] for record in read_private_records(folder) if record["probe"] == "forget"}
+    )
     return ids[:2]
 
 
@@ -154,7 +158,7 @@ def test_the_marks_are_other_models_on_the_rows_of_the_steps(runs):
 
 def test_records_of_other_rows_make_no_mark(runs):
     suite = Suite.load("synthetic", split="forget05", limit=2)
-    records = read_records(runs / "target_scores")
+    records = read_private_records(runs / "target_scores")
     details = {"judges": {"entailment": None}, "suite": as_plain(suite.with_proxies())}
     of_run = Evaluation({}, {**details, "judges": {}}, records)
     same_rows(of_run, runs / "target_scores")

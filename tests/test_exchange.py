@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from huggingface_hub import ModelCardData
 from scipy.stats import hmean, ks_2samp
 
 from unlearn_llm.errors import UserError
-from unlearn_llm.evaluation.records import read_records
+from unlearn_llm.evaluation.records import read_private_records, write_records
 from unlearn_llm.exchange import open_unlearning
 from unlearn_llm.exchange.commands import export_folder, import_file
 
@@ -206,7 +207,7 @@ def evaluation(tmp_path) -> Path:
 
 
 def test_a_log_of_ours_is_what_open_unlearning_reads(evaluation):
-    log = json.loads(export_folder(evaluation, "open-unlearning"))
+    log = json.loads(export_folder(evaluation, "open-unlearning", show_forget_text=True))
     assert list(log) == sorted(log)
     # What its forget_quality, hm_aggregate and probability_w_options take from a log.
     ratios = [row["score"] for row in log["forget_truth_ratio"]["value_by_index"].values()]
@@ -238,11 +239,11 @@ def test_a_log_of_ours_is_what_open_unlearning_reads(evaluation):
 
 def test_what_is_exported_comes_back(evaluation, tmp_path):
     file = tmp_path / "TOFU_EVAL.json"
-    text = export_folder(evaluation, "open-unlearning")
+    text = export_folder(evaluation, "open-unlearning", show_forget_text=True)
     file.write_text(text)
     import_file(file, "open-unlearning", tmp_path / "again")
-    before = read_records(evaluation / "evaluation")
-    after = read_records(tmp_path / "again")
+    before = read_private_records(evaluation / "evaluation")
+    after = read_private_records(tmp_path / "again")
     assert [(row["probe"], row["id"]) for row in after] == [
         (row["probe"], row["id"]) for row in before
     ]
@@ -253,8 +254,35 @@ def test_what_is_exported_comes_back(evaluation, tmp_path):
         assert losses == {name: result["loss"] for name, result in other["results"].items()}
         for name, value in one["metrics"].items():
             assert other["metrics"][name] == pytest.approx(value, rel=1e-12), name
-    written = open_unlearning.from_records(after, after)
+    written = open_unlearning.from_records(after, after, show_forget_text=True)
     assert {**json.loads(text), "forget_quality": 0} == {**written, "forget_quality": 0}
+
+
+def test_texts_are_exported_only_if_one_asks_for_them(evaluation):
+    log = export_folder(evaluation, "open-unlearning")
+    rows = json.loads(log)["forget_Q_A_ROUGE"]["value_by_index"]
+    assert rows["0"] == {
+        "rouge1_recall": pytest.approx(3 / 5),
+        "rougeL_f1": pytest.approx(3 / 5),
+        "rougeL_recall": pytest.approx(3 / 5),
+    }
+    for text in ("Bergen", "Oslo", "question"):
+        assert text not in log
+
+
+def test_an_evaluation_without_its_texts_is_exported_with_what_was_taken(evaluation, tmp_path):
+    place, file = evaluation / "evaluation", tmp_path / "log.json"
+    whole = json.loads(export_folder(evaluation, "open-unlearning"))
+    write_records(place, read_private_records(place))
+    shutil.rmtree(place / "private")
+    file.write_text(export_folder(evaluation, "open-unlearning"))
+    log = json.loads(file.read_text())
+    row = log["forget_Q_A_ROUGE"]["value_by_index"]["0"]
+    assert row == {"rougeL_recall": 0.6}  # as the records say
+    assert log["forget_truth_ratio"] == whole["forget_truth_ratio"]
+    import_file(file, "open-unlearning", tmp_path / "again")
+    again = open_unlearning.from_records(read_private_records(tmp_path / "again"))
+    assert again["retain_Q_A_ROUGE"] == log["retain_Q_A_ROUGE"]
 
 
 def test_tofus_leaderboard_gets_its_columns(shared, tmp_path):

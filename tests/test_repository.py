@@ -19,7 +19,7 @@ MAX_LINES = 400
 # Who may import whom: a module imports from lower floors or from its own. The lower a module
 # stands, the less it needs: losses and optimisers run in anybody's loop without transformers.
 FLOORS: dict[int, tuple[str, ...]] = {
-    0: ("types", "registry", "resources", "errors", "safe_text"),
+    0: ("types", "registry", "resources", "errors", "safe_text", "private"),
     1: (
         "schedule", "objective", "plan",
         "losses", "losses/answers", "losses/distributions", "losses/forget", "losses/hidden",

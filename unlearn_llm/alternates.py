@@ -87,12 +87,15 @@ def alternate_answers(
 
 
 def write_pairs(path: Path, pairs: Sequence[QA]) -> None:
-    """Write pairs with their alternates as JSON lines, which rows.load_rows reads."""
+    """Write pairs with their alternates as JSON lines, which rows.load_rows reads.
+
+    The file holds the forget set; only its owner may read it.
+    """
     rows = [
         {"question": p.question, "answer": p.answer, ALTERNATE_COLUMN: p.alternate} for p in pairs
     ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_whole(path, lines)
+    write_whole(path, lines, private=True)
 
 
 class _Sampler:

@@ -20,10 +20,12 @@ from unlearn_llm.evaluating import FROM_RUN
 from unlearn_llm.evaluation.provenance import describe_model, versions
 from unlearn_llm.evaluation.records import write_json
 from unlearn_llm.models import ModelSettings, load_model, load_tokenizer
+from unlearn_llm.private import private_folder
 from unlearn_llm.recipe import DataSettings, Recipe
 from unlearn_llm.recipe_check import Place, build, check_section
 from unlearn_llm.results import RECIPE_FILE
 from unlearn_llm.rows import load_rows, to_pairs
+from unlearn_llm.safe_text import folder_name
 
 ATTACKS_FILE = "attacks.json"
 JOURNAL = "journal.json"
@@ -80,11 +82,15 @@ def attack_models(request: Request) -> dict[str, Details]:
     gold = None
     if request.gold is not None:
         folder = request.output / GOLD
-        gold = run_attacks(subjects[request.gold], material, attacks, folder / JOURNAL)
+        gold = run_attacks(
+            subjects[request.gold], material, attacks, private_folder(folder) / JOURNAL
+        )
     found = {}
     for name in request.models:
-        folder = request.output / _folder_name(name)
-        findings[name] = run_attacks(subjects[name], material, attacks, folder / JOURNAL)
+        folder = request.output / folder_name(str(Path(name)))
+        findings[name] = run_attacks(
+            subjects[name], material, attacks, private_folder(folder) / JOURNAL
+        )
         outcome = judge(findings[name], gold, material, rules)
         found[name] = {
             **details(outcome, findings[name], gold, rules),
@@ -226,7 +232,3 @@ def _subject(name: str, request: Request, sources: DataSettings) -> Subject:
 
 def _describe(subject: Subject) -> Details:
     return describe_model(subject.model, subject.encoder)
-
-
-def _folder_name(name: str) -> str:
-    return str(Path(name)).replace("/", "--")

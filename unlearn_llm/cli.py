@@ -173,9 +173,16 @@ def evaluate(
     intervals: Annotated[
         bool, typer.Option("--intervals", help="Show the confidence intervals.")
     ] = False,
+    show_forget_text: Annotated[
+        bool,
+        typer.Option("--show-forget-text", help="Write texts into records.jsonl, too, for all."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure models with a suite, side by side."""
+    """Measure models with a suite, side by side.
+
+    Questions, answers and generations are written into private/ only.
+    """
     overrides = [word for word in models or [] if "=" in word and not Path(word).exists()]
     names = [word for word in models or [] if word not in overrides]
     if bool(names) == bool(records):
@@ -188,42 +195,10 @@ def evaluate(
         if records:
             found = recompute_records(records, suite, overrides, reference)
         else:
-            found = evaluate_models(names, suite, overrides, reference, output, overwrite)
+            found = evaluate_models(
+                names, suite, overrides, reference, output, overwrite, show_forget_text
+            )
     _show_scores(found, as_json, all_scores, intervals)
-
-
-@app.command()
-def compare(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A folder that `eval` wrote.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same rows.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the suite: intervals.by=row"),
-    ] = None,
-    reference: Annotated[
-        Path | None, typer.Option(help="records.jsonl of a model that never saw the forget set.")
-    ] = None,
-    all_scores: AllScores = False,
-    as_json: AsJson = False,
-) -> None:
-    """Say of each score whether two models differ by more than chance."""
-    from unlearn_llm.comparing import compare_runs
-
-    with _stdout_for_json(as_json):
-        found, notes = compare_runs(first, second, overrides or [], reference)
-    if as_json:
-        print(json.dumps({name: asdict(each) for name, each in found.items()}, allow_nan=False))
-        return
-    from rich.console import Console
-
-    from unlearn_llm.evaluation.report import comparison
-
-    chosen = {name: each for name, each in found.items() if all_scores or "/" not in name}
-    Console().print(comparison(chosen, [first.name, second.name]))
-    notes += [f"{name} not compared: {each.note}" for name, each in chosen.items() if each.note]
-    tested = sum(each.p_value is not None for each in chosen.values())
-    notes.append(f"{tested} tests: of 20 equal scores one is below p = 0.05 by chance.")
-    print(*notes, sep="\n")
 
 
 @app.command()

@@ -1,6 +1,9 @@
 """The commands that read finished runs: tables, other projects' formats. They load no model."""
 
+import json
 import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -56,6 +59,44 @@ def leaderboard(
         Console().print(formats.for_terminal(made))
         return
     _give(formats.FORMATS[style or "markdown"](made), output)
+
+
+@commands.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A folder that `eval` wrote.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same rows.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the suite: intervals.by=row"),
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="records.jsonl of a model that never saw the forget set.")
+    ] = None,
+    all_scores: Annotated[
+        bool, typer.Option("--all", help="Show the members of the composites too.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")
+    ] = False,
+) -> None:
+    """Say of each score whether two models differ by more than chance."""
+    from unlearn_llm.comparing import compare_runs
+
+    with redirect_stdout(sys.stderr):
+        found, notes = compare_runs(first, second, overrides or [], reference)
+    if as_json:
+        print(json.dumps({name: asdict(each) for name, each in found.items()}, allow_nan=False))
+        return
+    from rich.console import Console
+
+    from unlearn_llm.evaluation.report import comparison
+
+    chosen = {name: each for name, each in found.items() if all_scores or "/" not in name}
+    Console().print(comparison(chosen, [first.name, second.name]))
+    notes += [f"{name} not compared: {each.note}" for name, each in chosen.items() if each.note]
+    tested = sum(each.p_value is not None for each in chosen.values())
+    notes.append(f"{tested} tests: of 20 equal scores one is below p = 0.05 by chance.")
+    print(*notes, sep="\n")
 
 
 @commands.command()
@@ -117,14 +158,18 @@ def export(
         typer.Option(help="records.jsonl of a gold model; else the one of the evaluation."),
     ] = None,
     submitted_by: Annotated[str, typer.Option(help="For tofu-csv: who you are.")] = "",
+    show_forget_text: Annotated[
+        bool,
+        typer.Option(
+            "--show-forget-text",
+            help="For open-unlearning: write questions, answers and generations, too.",
+        ),
+    ] = False,
 ) -> None:
-    """Write an evaluation in the format of another project.
-
-    open-unlearning's format holds questions, answers and generations in plain text.
-    """
+    """Write an evaluation in the format of another project."""
     from unlearn_llm.exchange.commands import export_folder
 
-    _give(export_folder(folder, style, reference, submitted_by), output)
+    _give(export_folder(folder, style, reference, submitted_by, show_forget_text), output)
 
 
 @commands.command("import")

@@ -13,7 +13,7 @@ from unlearn_llm.evaluation.comparison import (
     check_same_rows,
     compare,
 )
-from unlearn_llm.evaluation.records import columns_of, read_records
+from unlearn_llm.evaluation.records import columns_of, read_private_records, read_records
 from unlearn_llm.evaluation.report import read_details
 from unlearn_llm.evaluation.strict import validated
 from unlearn_llm.evaluation.suite import Suite
@@ -49,7 +49,7 @@ def compare_runs(
             "The runs had unlike references, so nothing that needs one is compared: give "
             "--reference GOLD/records.jsonl."
         )
-    one, other = read_records(first), read_records(second)
+    one, other = read_private_records(first), read_private_records(second)
     check_same_rows(one, other)
     gold = columns_of(read_records(reference)) if reference else None
     return compare(suite, one, other, gold), notes

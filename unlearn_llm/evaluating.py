@@ -23,6 +23,7 @@ from unlearn_llm.pipeline import run_evaluate
 from unlearn_llm.recipe import DataSettings, Recipe
 from unlearn_llm.recipe_check import Place, build, check_section
 from unlearn_llm.results import RECIPE_FILE
+from unlearn_llm.safe_text import folder_name
 from unlearn_llm.shared_base import SharedBase, base_of
 
 Details = dict[str, Any]
@@ -39,6 +40,7 @@ def evaluate_models(
     reference: Path | None,
     output: Path,
     overwrite: bool = False,
+    show_forget_text: bool = False,
 ) -> dict[str, Details]:
     """Evaluate models one after the other; the details of each by its name.
 
@@ -54,9 +56,7 @@ def evaluate_models(
     prepared = {name: _prepare(name, suite, overrides) for name in names}
     if reference is not None:
         read_records(reference)
-    folders = {
-        name: output / suite_name(suite) / str(Path(name)).replace("/", "--") for name in names
-    }
+    folders = {name: output / suite_name(suite) / folder_name(str(Path(name))) for name in names}
     for folder in folders.values():
         if (folder / SCORES).is_file() and not overwrite:
             raise UserError(
@@ -69,7 +69,13 @@ def evaluate_models(
     for name in sorted(names, key=lambda name: list(bases.values()).index(bases[name])):
         model, data, loaded = prepared[name]
         evaluation = run_evaluate(
-            model, loaded, data, folders[name], reference=reference, load=shared.load
+            model,
+            loaded,
+            data,
+            folders[name],
+            reference=reference,
+            show_forget_text=show_forget_text,
+            load=shared.load,
         )
         found[name] = evaluation.details
     return {name: found[name] for name in names}

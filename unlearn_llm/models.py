@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -104,7 +105,8 @@ def is_adapter(settings: ModelSettings) -> bool:
 def load_model(settings: ModelSettings) -> PreTrainedModel:
     """Load a causal language model, with a fresh adapter if asked for.
 
-    A folder with a peft adapter gives the base model with that adapter, trainable.
+    A folder with a peft adapter gives the base model with that adapter, trainable. Weights are read
+    from safetensors; a pickle only where `extra` has use_safetensors: false.
     """
     if is_adapter(settings):
         from peft import AutoPeftModelForCausalLM
@@ -116,6 +118,7 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
             is_trainable=True,
             dtype=DTYPES.get(settings.dtype, "auto"),
             trust_remote_code=settings.trust_remote_code,
+            use_safetensors=True,
         )
     dtype = DTYPES.get(settings.dtype, "auto")
     model = _from_pretrained(
@@ -124,7 +127,7 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
         dtype=dtype,
         trust_remote_code=settings.trust_remote_code,
         **({"attn_implementation": settings.attention} if settings.attention else {}),
-        **settings.extra,
+        **{"use_safetensors": True, **settings.extra},
     )
     if settings.lora is not None:
         model = add_lora(model, settings.lora)
@@ -261,6 +264,12 @@ def _check_adapter(settings: ModelSettings) -> None:
         raise UserError(
             f"model.path: {settings.path} is an adapter already; model.lora and model.extra "
             "do not apply to it."
+        )
+    folder = Path(str(settings.path))
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file() and (folder / WEIGHTS_NAME).is_file():
+        raise UserError(
+            f"model.path: {settings.path} holds its adapter in {WEIGHTS_NAME}, a pickle, which may "
+            f"run any code. Give it as {SAFETENSORS_WEIGHTS_NAME}."
         )
 
 

@@ -4,7 +4,7 @@ Everything cheap comes first (names, files, rows, tokens, folders), so that a mi
 seconds; weights are loaded last.
 
 A results folder holds the model and the tokenizer, recipe.yaml, trainer_state.json, checkpoints,
-and evaluation/ with records.jsonl and scores.json.
+and evaluation/ with records.jsonl and scores.json. Texts are in evaluation/private/ only.
 """
 
 from collections.abc import Callable, Sequence
@@ -187,6 +187,7 @@ def run_evaluate(
     output_dir: Path | None,
     *,
     reference: str | Path | None = None,
+    show_forget_text: bool = False,
     load: Callable[[ModelSettings], nn.Module] = load_model,
 ) -> Evaluation:
     """Evaluate a model from a folder or the hub.
@@ -195,6 +196,7 @@ def run_evaluate(
         data: Of which template, max_length and truncate are read.
         output_dir: For records.jsonl and scores.json; None: nothing is written.
         reference: records.jsonl of a model that never saw the forget set.
+        show_forget_text: See write_records.
         load: Gives the model.
     """
     if reference is not None:
@@ -204,7 +206,14 @@ def run_evaluate(
     encoder = _encoder(load_tokenizer(model), data)
     state = PartialState()
     loaded: nn.Module = load(model).to(state.device).eval()
-    return evaluate(suite, loaded, encoder, output_dir, reference_records=reference)
+    return evaluate(
+        suite,
+        loaded,
+        encoder,
+        output_dir,
+        reference_records=reference,
+        show_forget_text=show_forget_text,
+    )
 
 
 def forget_and_retain(data: DataSettings) -> tuple[list[QA], list[QA]]:
@@ -294,6 +303,7 @@ def _evaluate(recipe: Recipe, suite: Suite, model: nn.Module, encoder: Encoder) 
         encoder,
         recipe.output_dir / EVALUATION,
         reference_records=recipe.evaluate.reference,
+        show_forget_text=recipe.evaluate.show_forget_text,
     )
 
 

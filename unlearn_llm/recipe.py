@@ -92,6 +92,8 @@ class EvaluateSettings:
     """Further fields to replace at the steps of train.eval_strategy, such as {limit: 40}."""
     target: str | None = None
     """records.jsonl of the model before unlearning, to be drawn beside the trade-off."""
+    show_forget_text: bool = False
+    """Write questions, answers and generations into records.jsonl, too, outside private/."""
 
 
 @dataclass(frozen=True)
@@ -230,11 +232,9 @@ class Recipe:
         """Give the fields of a suite that follow from the run."""
         from unlearn_llm.evaluation.suite import Suite  # here, as above
 
-        found: dict[str, Any] = {"data_seed": self.data.seed}
-        if self.data.folder is not None:
-            found["folder"] = self.data.folder
-        if self.data.refusals is not None:
-            found["refusals"] = self.data.refusals
+        named = {"folder": self.data.folder, "refusals": self.data.refusals}
+        found: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+        found["data_seed"] = self.data.seed
         if self.kind == "unlearn":
             found["objective_kind"] = self.objective().forget.kind
             found["seed"] = self.setting("refusal_seed")

@@ -34,6 +34,7 @@ EXPECTED = {
 
 NOT_IN_RECIPES = {
     "hub_token": "a recipe is written beside the results; log in with `hf auth login` instead",
+    "push_to_hub": "a run's folder has private files in it; upload the finished model by itself",
     "resume_from_checkpoint": "give --resume instead",
     "parallelism_config": "give it to accelerate launch instead",
 }

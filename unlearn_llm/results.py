@@ -20,7 +20,7 @@ from unlearn_llm.checkpoints import MANIFEST, STAGING, clean, commit_files, faul
 from unlearn_llm.errors import UserError, WriteError
 from unlearn_llm.evaluation.aggregates import Score
 from unlearn_llm.evaluation.evaluate import Evaluation
-from unlearn_llm.evaluation.records import RECORDS, SCORES, read_records, write_whole
+from unlearn_llm.evaluation.records import RECORDS, SCORES, read_private_records, write_whole
 from unlearn_llm.evaluation.suite import Suite, as_plain
 from unlearn_llm.evaluation.trade_off import EVALUATION
 from unlearn_llm.models import ModelSettings
@@ -159,7 +159,7 @@ def saved_evaluation(recipe: Recipe, suite: Suite) -> Evaluation | None:
         name: Score(**{key: score[key] for key in score if key != "aggregate"})
         for name, score in details["scores"].items()
     }
-    return Evaluation(scores, details, read_records(folder))
+    return Evaluation(scores, details, read_private_records(folder))
 
 
 def _standing(folder: Path) -> Standing:

@@ -5,6 +5,7 @@ Private rows are read into memory only: no data-set cache keeps a copy of what i
 
 import csv
 import json
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from unlearn_llm.encode import row_list
 from unlearn_llm.errors import UserError
 from unlearn_llm.registry import did_you_mean
 
+COLUMN_NAME = re.compile(r"[\w.-]{1,40}")
 COLUMN_PAIRS = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"))
 ALTERNATE_COLUMN = "alternate"
 
@@ -27,6 +29,10 @@ class QA(NamedTuple):
     answer: str
     alternate: str | None = None
     """Another answer to the question, as plausible as the original."""
+
+    def __repr__(self) -> str:
+        """Show no text: a representation ends in messages and logs."""
+        return f"QA(<{', '.join(str(len(text)) for text in self if text is not None)} characters>)"
 
 
 def load_rows(source: str, folder: str | None = None, seed: int = 0) -> list[dict[str, Any]]:
@@ -76,7 +82,7 @@ def read_file(path: Path) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: not UTF-8 text ({error.reason} at byte {error.start})."
-        ) from error
+        ) from None  # its representation has the whole file in it
     if not rows:
         raise UserError(f"{path} holds no rows.")
     return rows
@@ -124,6 +130,17 @@ def to_pairs(
     return pairs
 
 
+def column_names(row: Mapping[Any, Any]) -> str:
+    """List the columns of a row for a message.
+
+    What is no plain name is counted only: in a file without a header line it is a row's text.
+    """
+    plain = [str(name) for name in row if COLUMN_NAME.fullmatch(str(name))]
+    others = len(row) - len(plain)
+    counted = [f"{others} without a plain name (is there a header line?)"] if others else []
+    return ", ".join([*plain, *counted])
+
+
 def check_disjoint(forget: Sequence[QA], retain: Sequence[QA], allow_overlap: bool = False) -> None:
     """Refuse forget rows that also stand in the retain set: one would undo the other.
 
@@ -163,10 +180,11 @@ def _columns(
             return pair
     asked = [name for name in (question, answer) if name and name not in row]
     wanted = f"column {asked[0]!r}" if asked else "columns question and answer"
-    near = did_you_mean(asked[0] if asked else "answer", row)
+    names = column_names(row)
+    near = did_you_mean(asked[0] if asked else "answer", names.split(", "))
     raise UserError(
         f"{where}: expected {wanted} (or prompt/completion, or messages); it has "
-        f"{', '.join(map(str, row))}.{near} Name them with data.question_column and "
+        f"{names}.{near} Name them with data.question_column and "
         "data.answer_column."
     )
 
@@ -202,7 +220,7 @@ def _check_text(value: Any, what: str) -> None:
         raise UserError(
             f"{what} holds half a character (a lone surrogate) at position {error.start}, which "
             "no tokenizer can read."
-        ) from error
+        ) from None  # its representation has the text in it
 
 
 def _normal(pair: QA) -> tuple[str, str]:

@@ -11,3 +11,9 @@ def printable(text: str) -> str:
 def no_formula(text: str) -> str:
     """Quote a text that a spreadsheet would run."""
     return f"'{text}" if text.startswith(FORMULA) else text
+
+
+def folder_name(path: str) -> str:
+    """Make one folder's name of a path or a hub id; a name of dots would lead out of a folder."""
+    name = path.replace("/", "--")
+    return name if name.strip(".") else "-".join(["", *name])

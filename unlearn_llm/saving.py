@@ -17,6 +17,10 @@ from unlearn_llm.errors import DISK_FULL, UserError, WriteError
 from unlearn_llm.preemption import LeaveTogether
 
 ARGUMENTS = "training_args.json"
+NO_PUSH = (
+    "the folder of a run holds private/ and checkpoints, of which the first still know the forget "
+    "set. Upload the finished model by itself: hf upload REPOSITORY FOLDER, with its files only."
+)
 
 
 class SavingTrainer(Trainer):
@@ -25,13 +29,16 @@ class SavingTrainer(Trainer):
     - They are written in `.unfinished/` and renamed when every rank has written its part.
     - An older one is removed (`save_total_limit`) only after that.
     - Arguments are kept as JSON. The Trainer pickles them, with the token for the hub in them.
+    - Nothing is pushed to the hub: the Trainer would upload all that is in the folder.
     - SIGTERM and SIGUSR1 save and stop all ranks after the same step (preemption.py).
     """
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         """Make a Trainer; see Trainer."""
         self._staging: Path | None = None
-        self._to_push: str | None = None
+        given = keywords.get("args", args[1] if len(args) > 1 else None)
+        if given is not None and given.push_to_hub:
+            raise UserError(f"push_to_hub: {NO_PUSH}")
         super().__init__(*args, **keywords)
         self.leaving = LeaveTogether(self)
         self.add_callback(self.leaving)
@@ -91,9 +98,6 @@ class SavingTrainer(Trainer):
         if self.args.should_save:
             rotate(folder / name, self.args.save_total_limit, self.state.best_model_checkpoint)
             clean(folder)
-        if self._to_push is not None:
-            self._to_push = None
-            super()._push_from_checkpoint(str(folder / name))
 
     def _write(self, model: nn.Module, trial: Any, name: str) -> None:
         """Write this rank's part of a checkpoint."""
@@ -111,8 +115,9 @@ class SavingTrainer(Trainer):
             self.state.best_model_checkpoint = str(known) if is_there else best
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self._to_push = checkpoint_folder  # when it has its name
+    def push_to_hub(self, *args: Any, **keywords: Any) -> Any:
+        """Refuse to upload the folder of a run."""
+        raise UserError(f"push_to_hub: {NO_PUSH}")
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

@@ -12,7 +12,7 @@ from unlearn_llm.encode import Encoder
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation import evaluate as evaluate_module
 from unlearn_llm.evaluation.evaluate import evaluate, recompute
-from unlearn_llm.evaluation.records import read_records, write_whole
+from unlearn_llm.evaluation.records import read_private_records, read_records, write_whole
 from unlearn_llm.evaluation.report import read_details, shown, side_by_side, table
 from unlearn_llm.evaluation.suite import Suite
 
@@ -60,7 +60,7 @@ def agreeing():
 
 
 def test_records_hold_one_row_per_probe_and_sample(first, folder):
-    records = read_records(folder)
+    records = read_private_records(folder)
     assert records == first.records
     assert [(r["probe"], r["id"]) for r in records] == [
         (probe, str(row))
@@ -87,10 +87,12 @@ def test_files_are_strict_json(first, folder):
     def refuse(constant):
         raise AssertionError(constant)
 
-    for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines():
-        json.loads(line, parse_constant=refuse)
+    for name in ("records.jsonl", "private/records.jsonl"):
+        for line in (folder / name).read_text(encoding="utf-8").splitlines():
+            json.loads(line, parse_constant=refuse)
     json.loads((folder / "scores.json").read_text(encoding="utf-8"), parse_constant=refuse)
-    assert sorted(path.name for path in folder.iterdir()) == ["records.jsonl", "scores.json"]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["private", "records.jsonl", "scores.json"]
 
 
 def test_scores_json_says_how_the_scores_were_made(first, folder):

@@ -15,12 +15,13 @@ from unlearn_llm.encode import Encoder
 from unlearn_llm.evaluation.evaluate import evaluate
 from unlearn_llm.evaluation.generator import Generator
 from unlearn_llm.evaluation.journal import PATTERN
-from unlearn_llm.evaluation.records import read_records
+from unlearn_llm.evaluation.records import read_private_records
 from unlearn_llm.evaluation.scorer import Scorer
 from unlearn_llm.evaluation.suite import Suite
 
 SMALL = {"limit": 4, "max_new_tokens": 8}
 BUDGET = 300  # a few rows per batch
+TEXTS = "private/records.jsonl"
 
 
 class Stop(Exception):
@@ -67,7 +68,7 @@ def interrupted(folder, calls, stop_at, **keywords):
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     run(folder)
-    return (folder / "records.jsonl").read_bytes()
+    return (folder / TEXTS).read_bytes()
 
 
 def test_an_evaluation_goes_on_where_it_stopped(tmp_path, calls, undisturbed):
@@ -79,37 +80,38 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path, calls, undisturbed):
         interrupted(folder, calls, stop_at)
         run(folder)
         assert calls.count == batches - stop_at + 1  # nothing is asked twice
-        assert (folder / "records.jsonl").read_bytes() == undisturbed
-        assert sorted(p.name for p in folder.iterdir()) == ["records.jsonl", "scores.json"]
+        assert (folder / TEXTS).read_bytes() == undisturbed
+        left = sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+        assert left == ["private", TEXTS, "records.jsonl", "scores.json"]
 
 
 def test_several_interruptions_add_up(tmp_path, calls, undisturbed):
     for _ in range(3):
         interrupted(tmp_path, calls, stop_at=3)  # two batches more each time
     run(tmp_path)
-    assert (tmp_path / "records.jsonl").read_bytes() == undisturbed
+    assert (tmp_path / TEXTS).read_bytes() == undisturbed
 
 
 def test_a_batch_that_was_torn_by_the_kill_is_asked_again(tmp_path, calls, undisturbed):
     interrupted(tmp_path, calls, stop_at=5)
-    (path,) = tmp_path.glob(PATTERN)
+    (path,) = tmp_path.rglob(PATTERN)
     path.write_bytes(path.read_bytes()[:-7])
     run(tmp_path)
-    assert (tmp_path / "records.jsonl").read_bytes() == undisturbed
+    assert (tmp_path / TEXTS).read_bytes() == undisturbed
 
 
 def test_answers_outlive_a_failing_measurement(tmp_path, calls, monkeypatch, undisturbed):
-    def full_disk(path, records):
+    def full_disk(*given):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("unlearn_llm.evaluation.evaluate.write_json_lines", full_disk)
+        patch.setattr("unlearn_llm.evaluation.evaluate.write_records", full_disk)
         with pytest.raises(OSError, match="No space"):
             run(tmp_path)
     calls.count = 0
     run(tmp_path)
     assert calls.count == 0
-    assert (tmp_path / "records.jsonl").read_bytes() == undisturbed
+    assert (tmp_path / TEXTS).read_bytes() == undisturbed
 
 
 def another_weight():
@@ -143,7 +145,7 @@ def test_answers_of_another_evaluation_are_never_mixed(tmp_path, calls, caplog, 
     (line,) = [record.getMessage() for record in caplog.records if "interrupted" in record.msg]
     assert f"differs in {changed}." in line
     run(tmp_path / "new", **CHANGES[changed]())
-    files = [tmp_path / name / "records.jsonl" for name in ("old", "new")]
+    files = [tmp_path / name / TEXTS for name in ("old", "new")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -173,7 +175,7 @@ main = Path(sys.argv[1])
 number, started = child(main / "whole")
 os.waitpid(number, 0)
 seconds = time.perf_counter() - started
-expected = (main / "whole" / "records.jsonl").read_bytes()
+expected = (main / "whole" / "private" / "records.jsonl").read_bytes()
 moments, found = random.Random(0), []
 for kill in range(10):
     folder = main / str(kill)
@@ -181,10 +183,10 @@ for kill in range(10):
     time.sleep(moments.uniform(0.2, 1.0) * seconds)
     os.kill(number, signal.SIGKILL)
     _, status = os.waitpid(number, 0)
-    kept = sum(path.read_bytes().count(b"\\n") for path in folder.glob("answers-*.jsonl"))
+    kept = sum(path.read_bytes().count(b"\\n") for path in folder.rglob("answers-*.jsonl"))
     number, _ = child(folder)
     os.waitpid(number, 0)
-    same = (folder / "records.jsonl").read_bytes() == expected
+    same = (folder / "private" / "records.jsonl").read_bytes() == expected
     found.append({"killed": os.WIFSIGNALED(status), "kept": kept, "same": same})
 print(json.dumps(found))
 """
@@ -239,7 +241,7 @@ def with_two_processes(tmp_path, folder, stop_at):
 
 def assert_close(folder, expected):
     """Other batches round otherwise, in the last digits."""
-    for ours, theirs in zip(read_records(folder), expected, strict=True):
+    for ours, theirs in zip(read_private_records(folder), expected, strict=True):
         assert ours["generation"] == theirs["generation"]
         for name, value in theirs["metrics"].items():
             assert ours["metrics"][name] == pytest.approx(value, abs=1e-5)
@@ -249,25 +251,25 @@ def assert_close(folder, expected):
 def test_one_process_goes_on_where_two_stopped(tmp_path, calls):
     folder = tmp_path / "folder"
     assert with_two_processes(tmp_path, folder, stop_at=3).returncode != 0
-    kept = {path.name: path.read_text().count("\n") for path in folder.glob(PATTERN)}
+    kept = {path.name: path.read_text().count("\n") for path in folder.rglob(PATTERN)}
     assert kept == {"answers-0.jsonl": 4, "answers-1.jsonl": 4}  # with a first line each
     run(folder)
     done = calls.count
     calls.count = 0
     run(tmp_path / "whole")
     assert 0 < done < calls.count
-    assert_close(folder, read_records(tmp_path / "whole"))
+    assert_close(folder, read_private_records(tmp_path / "whole"))
 
 
 @pytest.mark.slow
 def test_two_processes_go_on_where_one_stopped(tmp_path, calls):
     interrupted(tmp_path / "folder", calls, stop_at=5)
-    (path,) = (tmp_path / "folder").glob(PATTERN)
+    (path,) = (tmp_path / "folder").rglob(PATTERN)
     kept = sum(len(json.loads(line)) for line in path.read_text().splitlines()[1:])
     done = with_two_processes(tmp_path, tmp_path / "folder", stop_at=-1)
     assert done.returncode == 0, done.stderr
     run(tmp_path / "whole")
-    expected = read_records(tmp_path / "whole")
+    expected = read_private_records(tmp_path / "whole")
     assert_close(tmp_path / "folder", expected)
     details = json.loads((tmp_path / "folder" / "scores.json").read_text())
     asked = sum(int(line.split()[1]) for line in done.stdout.splitlines() if "added" in line)

@@ -18,21 +18,21 @@ from unlearn_llm.registry import Registry, did_you_mean
 
 @dataclass(frozen=True)
 class Fact:
-    """One row that was to be forgotten, or kept."""
+    """One row that was to be forgotten, or kept; its representation shows no text."""
 
     id: str
     """Stable name of the row: its number in the source file."""
-    question: str
-    answer: str
-    paraphrased_question: str | None = None
-    paraphrased_answer: str | None = None
+    question: str = field(repr=False)
+    answer: str = field(repr=False)
+    paraphrased_question: str | None = field(default=None, repr=False)
+    paraphrased_answer: str | None = field(default=None, repr=False)
     """The true answer in the words of the wrong ones."""
-    translated_question: str | None = None
-    translated_answer: str | None = None
+    translated_question: str | None = field(default=None, repr=False)
+    translated_answer: str | None = field(default=None, repr=False)
     """None: the answer itself may be expected (names, dates)."""
-    wrong: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = field(default=(), repr=False)
     """Wrong answers of the same form, for the probe."""
-    group: str | None = None
+    group: str | None = field(default=None, repr=False)
     """Rows of one group (an author) are no independent observations."""
 
 

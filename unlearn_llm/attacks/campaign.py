@@ -19,7 +19,7 @@ from unlearn_llm.attacks.base import (
 )
 from unlearn_llm.attacks.verdict import Comparison, Rules, Verdict, compare, decide
 from unlearn_llm.evaluation.provenance import fingerprint
-from unlearn_llm.evaluation.records import write_json
+from unlearn_llm.evaluation.records import as_json, write_whole
 
 PLAIN = "plain"
 ANY = "any attack"
@@ -60,7 +60,8 @@ def run_attacks(
 
     Args:
         journal: A JSON file. What it holds of the same model, rows and options is not done
-            again; it is written after every attack.
+            again; it is written after every attack. It belongs into private/: by its hashes a
+            guess of all rows could be tried.
     """
     findings = Findings()
     kept = _read_journal(journal)
@@ -73,7 +74,7 @@ def run_attacks(
             entry = {"key": of_attack, **_run_one(name, subject, material, options)}
             kept[name] = entry
             if journal is not None:
-                write_json(journal, {"attacks": kept})
+                write_whole(journal, as_json({"attacks": kept}, indent=2), private=True)
         _add(findings, name, entry)
     return findings
 

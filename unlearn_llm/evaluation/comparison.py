@@ -13,7 +13,7 @@ import numpy as np
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.columns import Columns
 from unlearn_llm.evaluation.intervals import KS, Sampled, number
-from unlearn_llm.evaluation.records import Record, columns_of
+from unlearn_llm.evaluation.records import Record, ask_the_same, columns_of
 from unlearn_llm.evaluation.resampling import Arrays, as_arrays, take
 from unlearn_llm.evaluation.scores import Array, Interval, Score
 from unlearn_llm.evaluation.statistics import (
@@ -86,7 +86,7 @@ def check_same_rows(first: Sequence[Record], second: Sequence[Record]) -> None:
                 f"{len(ids[0] & ids[1])} in both). Nothing is compared: forget quality, above "
                 "all, means nothing across numbers of rows. Evaluate both with the same limit."
             )
-        unlike = sum(_asked(rows[0][key]) != _asked(rows[1][key]) for key in ids[0])
+        unlike = sum(not ask_the_same(rows[0][key], rows[1][key]) for key in ids[0])
         if unlike:
             raise UserError(f"{unlike} rows of probe {probe!r} ask another thing in the two runs.")
 
@@ -158,10 +158,6 @@ def _settings(
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _asked(record: Record) -> tuple[Any, ...]:
-    return tuple(record.get(key) for key in ("question", "answer", "reference"))
 
 
 def _why_not(call: Call, sampled: Sampled, one: Score, two: Score) -> str | None:

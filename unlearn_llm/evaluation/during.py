@@ -15,7 +15,14 @@ from unlearn_llm.evaluation.evaluate import (
     scores_json,
 )
 from unlearn_llm.evaluation.figure import draw
-from unlearn_llm.evaluation.records import SCORES, Record, columns_of, read_records, write_json
+from unlearn_llm.evaluation.records import (
+    SCORES,
+    Record,
+    ask_the_same,
+    columns_of,
+    read_private_records,
+    write_json,
+)
 from unlearn_llm.evaluation.report import read_details
 from unlearn_llm.evaluation.suite import Suite, as_plain
 from unlearn_llm.evaluation.suite_scores import score_all
@@ -124,11 +131,14 @@ def same_rows(evaluation: Evaluation, records: str | Path) -> Mapping[str, objec
     details = evaluation.details
     if beside.is_file() and read_details(beside).get("judges") != details["judges"]:
         raise UserError(f"{records} was read by other judges than the run.")
-    there = {_row(record): record for record in read_records(records)}
-    wanted = [_row(record) for record in evaluation.records]
-    missing = [row for row in wanted if row not in there]
+    there = {_row(record): record for record in read_private_records(records)}
+    wanted = {_row(record): record for record in evaluation.records}
+    # Ids alone are numbers, which other splits have as well.
+    missing = [
+        row for row in wanted if row not in there or not ask_the_same(wanted[row], there[row])
+    ]
     if missing:
-        probe, row, _ = missing[0]
+        probe, row = missing[0]
         raise UserError(
             f"{records} lacks {len(missing)} of the {len(wanted)} rows of the run, such as row "
             f"{row} of probe {probe!r}."
@@ -143,6 +153,5 @@ def same_rows(evaluation: Evaluation, records: str | Path) -> Mapping[str, objec
     }
 
 
-def _row(record: Record) -> tuple[str, str, str]:
-    """Tell rows apart; ids alone are numbers, which other splits have as well."""
-    return record["probe"], record["id"], record.get("question", "")
+def _row(record: Record) -> tuple[str, str]:
+    return record["probe"], record["id"]

@@ -27,7 +27,6 @@ from unlearn_llm.evaluation.lm_eval import (
 from unlearn_llm.evaluation.metrics import METRICS
 from unlearn_llm.evaluation.provenance import versions
 from unlearn_llm.evaluation.records import (
-    RECORDS,
     ROC,
     SCORES,
     Record,
@@ -35,7 +34,7 @@ from unlearn_llm.evaluation.records import (
     read_records,
     record_of,
     write_json,
-    write_json_lines,
+    write_records,
 )
 from unlearn_llm.evaluation.requests import (
     Generate,
@@ -92,6 +91,7 @@ def evaluate(
     output_dir: str | Path | None = None,
     *,
     reference_records: str | Path | None = None,
+    show_forget_text: bool = False,
     judges: Mapping[str, Judge] | None = None,
     token_budget: int | None = None,
     progress: bool | None = None,
@@ -108,6 +108,7 @@ def evaluate(
         model: A causal language model (a module), or a `vllm.LLM`.
         output_dir: None: nothing is written.
         reference_records: In place of `suite.reference`.
+        show_forget_text: See write_records.
         judges: By kind, in place of those that the suite names.
         token_budget, progress: See Runner.
 
@@ -180,7 +181,7 @@ def evaluate(
             },
         }
         if output_dir is not None:
-            write_json_lines(Path(output_dir) / RECORDS, records)
+            write_records(Path(output_dir), records, show_forget_text)
             if curves := curves_of(suite, found, reference):
                 write_json(Path(output_dir) / ROC, curves)
             write_json(Path(output_dir) / SCORES, details)

@@ -1,9 +1,9 @@
 """Answers on disk as they come, so that an interrupted evaluation goes on where it stopped.
 
-Each process has a file in the output folder. Its first line says of what the answers are: model,
-tokenizer, settings, questions. Every further line is one batch, whole or not there, so that what is
-left falls into the same batches again and gives the same numbers to the last bit. Questions stand
-in it as hashes only.
+Each process has a file in private/ of the output folder. Its first line says of what the answers
+are: model, tokenizer, settings, questions. Every further line is one batch, whole or not there, so
+that what is left falls into the same batches again and gives the same numbers to the last bit.
+Questions stand in it as hashes only.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from unlearn_llm.evaluation.requests import Request, Result
+from unlearn_llm.private import PRIVATE, open_private, private_folder
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ class Journal:
             answers: What it holds by now, of all processes.
             process: The number of the process that adds.
         """
-        self._path = folder / PATTERN.replace("*", str(process))
+        self._folder = folder
+        self._name = PATTERN.replace("*", str(process))
         self._origin = origin
         self._answers = dict(answers)
 
@@ -50,8 +52,7 @@ class Journal:
     def add(self, answers: Sequence[tuple[Request, Result]]) -> None:
         """Keep the answers of one batch: they are on the disk when this returns."""
         line = {key_of(request): [type(r).__name__, vars(r)] for request, r in answers}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8", newline="\n") as file:
+        with open_private(private_folder(self._folder) / self._name, "a") as file:
             if file.tell() == 0:
                 file.write(json.dumps(self._origin) + "\n")
             file.write(json.dumps(line) + "\n")
@@ -66,7 +67,7 @@ def read_journal(folder: Path, origin: Mapping[str, Any]) -> dict[str, Result]:
     that says what differs. Only one process may call this, before any adds.
     """
     answers: dict[str, Result] = {}
-    for path in sorted(folder.glob(PATTERN)):
+    for path in _files(folder):
         lines, good_bytes = _whole_lines(path)
         if lines and lines[0] != (now := json.loads(json.dumps(origin))):
             logger.warning(
@@ -85,7 +86,7 @@ def read_journal(folder: Path, origin: Mapping[str, Any]) -> dict[str, Result]:
 
 def remove_journal(folder: Path) -> None:
     """Remove a journal that has done its work."""
-    for path in folder.glob(PATTERN):
+    for path in _files(folder):
         path.unlink()
 
 
@@ -97,6 +98,10 @@ def key_of(request: Request) -> str:
 def digest(content: Any) -> str:
     """Hash plain values, as JSON: 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted((folder / PRIVATE).glob(PATTERN))
 
 
 def _whole_lines(path: Path) -> tuple[list[Any], int]:

@@ -138,7 +138,14 @@ def _load_entailment(source: str, device: str | None) -> Judge:
 
     # Typed loosely: transformers types `pipeline` by a hundred overloads of literal task names.
     make: Callable[..., Any] = pipeline
-    classify = make("text-classification", model=source, device=device)
+    weights = {"use_safetensors": True}  # a pickle may run code
+    classify = make(
+        "text-classification",
+        model=source,
+        device=device,
+        trust_remote_code=False,
+        model_kwargs=weights,
+    )
     labels = [str(label).lower() for label in classify.model.config.id2label.values()]
     if "entailment" not in labels:  # or every row would score 0
         raise ValueError(f"its labels are {', '.join(labels)}, and none is 'entailment'")
@@ -153,7 +160,10 @@ def _load_similarity(source: str, device: str | None) -> Judge:
     from sentence_transformers import SentenceTransformer
 
     where = _packaged_minilm() if source == PACKAGED_MINILM else source
-    return SimilarityJudge(_name(source), SentenceTransformer(where, device=device))
+    model = SentenceTransformer(
+        where, device=device, trust_remote_code=False, model_kwargs={"use_safetensors": True}
+    )
+    return SimilarityJudge(_name(source), model)
 
 
 def _packaged_minilm() -> str:

@@ -59,7 +59,7 @@ def export_tasks(suite: Suite, encoder: Encoder, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(FUNCTIONS, folder / FUNCTIONS.name)
     for name, task, rows in made:
-        write_json_lines(folder / f"{name}.jsonl", rows)
+        write_json_lines(folder / f"{name}.jsonl", rows, private=True)
         write_whole(folder / f"{name}.yaml", _yaml({"task": name, **_rows_of(name), **task}))
     group = {"group": suite.name, "task": [name for name, _, _ in made]}
     write_whole(folder / f"{suite.name}.yaml", _yaml(group))

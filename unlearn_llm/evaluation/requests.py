@@ -1,4 +1,7 @@
-"""What a metric may ask of a model, what it gets back, and the row it sees. Words only."""
+"""What a metric may ask of a model, what it gets back, and the row it sees. Words only.
+
+Their representations, which end in messages and logs, show no texts.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,15 +14,15 @@ from unlearn_llm.registry import Registry
 class LogProb:
     """How likely is this answer to this question? The answer's tokens and one end token count."""
 
-    question: str
-    answer: str
+    question: str = field(repr=False)
+    answer: str = field(repr=False)
 
 
 @dataclass(frozen=True)
 class Generate:
     """What does the model answer to this question, greedily?"""
 
-    question: str
+    question: str = field(repr=False)
     max_new_tokens: int | None = None
     """Where it is cut; None: at the evaluation's own limit, which is the greatest in any case."""
     stop: tuple[str, ...] = ()
@@ -30,16 +33,16 @@ class Generate:
 class TokenMoments:
     """How likely is each token of the answer, and what would the model have expected there?"""
 
-    question: str
-    answer: str
+    question: str = field(repr=False)
+    answer: str = field(repr=False)
 
 
 @dataclass(frozen=True)
 class GradientNorm:
     """How strongly would one row change the weights?"""
 
-    question: str
-    answer: str
+    question: str = field(repr=False)
+    answer: str = field(repr=False)
 
 
 Request = LogProb | Generate | TokenMoments | GradientNorm
@@ -66,8 +69,8 @@ class LogProbResult:
 class Generation:
     """The answer to a Generate request."""
 
-    text: str
-    tokens: tuple[str, ...]
+    text: str = field(repr=False)
+    tokens: tuple[str, ...] = field(repr=False)
     """`tokenizer.tokenize(text)`: what token entropy counts."""
     finished: bool
     """Did the model end by itself, or was it cut at the limit?"""
@@ -102,25 +105,25 @@ class Sample:
 
     id: str
     """Stable name of the row: its number in the source file."""
-    question: str
-    answer: str
+    question: str = field(repr=False)
+    answer: str = field(repr=False)
     """What probability, ROUGE and the ROUGE gate compare with."""
-    paraphrased: str | None = None
+    paraphrased: str | None = field(default=None, repr=False)
     """The right answer of the truth ratio (the plain answer where the data has no paraphrase)."""
-    perturbed: tuple[str, ...] = ()
+    perturbed: tuple[str, ...] = field(default=(), repr=False)
     """The wrong answers of the truth ratio."""
-    reference: str | None = None
+    reference: str | None = field(default=None, repr=False)
     """What similarity and entailment compare with; None: the answer."""
-    refusal: str | None = None
+    refusal: str | None = field(default=None, repr=False)
     """The refusal line of this row, fixed by (seed, row), for refusal entailment."""
-    similar_to: str | None = None
+    similar_to: str | None = field(default=None, repr=False)
     """What similarity compares with where that is a third text (the long answer of the
     real-person data); None: the reference."""
     max_new_tokens: int | None = None
     """Where the answer to this question is cut; None: where all are."""
     stop: tuple[str, ...] = ()
     """Texts before the first of which it is cut."""
-    group: str | None = None
+    group: str | None = field(default=None, repr=False)
     """Rows of one author or person share it, since what happens to one happens to all."""
 
 

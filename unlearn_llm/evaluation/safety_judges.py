@@ -8,6 +8,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+SAFE: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
+"""How weights of judges are loaded: no code of others is run, and no pickle read."""
 BATCH_SIZE = 8
 MAX_LENGTH = 512
 """Tokens that the published reward model was used with."""
@@ -111,16 +113,20 @@ def load_reward(name: str, source: str, device: str | None) -> RewardJudge:
     """Load a reward model from a folder or the hub."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    model = AutoModelForSequenceClassification.from_pretrained(source)
-    return RewardJudge(name, _on(model, device), AutoTokenizer.from_pretrained(source))
+    model = AutoModelForSequenceClassification.from_pretrained(source, **SAFE)
+    return RewardJudge(
+        name, _on(model, device), AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    )
 
 
 def load_choice(name: str, source: str, device: str | None) -> ChoiceJudge:
     """Load a chat model from a folder or the hub."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(source)
-    return ChoiceJudge(name, _on(model, device), AutoTokenizer.from_pretrained(source))
+    model = AutoModelForCausalLM.from_pretrained(source, **SAFE)
+    return ChoiceJudge(
+        name, _on(model, device), AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    )
 
 
 def _on(model: Any, device: str | None) -> Any:

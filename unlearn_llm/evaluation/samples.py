@@ -9,7 +9,7 @@ from unlearn_llm.errors import RecipeError, UserError
 from unlearn_llm.evaluation.requests import Sample
 from unlearn_llm.evaluation.suite import Columns, Probe, Suite
 from unlearn_llm.registry import did_you_mean
-from unlearn_llm.rows import load_rows, to_pairs
+from unlearn_llm.rows import column_names, load_rows, to_pairs
 
 SPLIT = "{split}"
 # The forget splits are nested and were handed out in parts: closer-look's files have the last
@@ -63,8 +63,8 @@ def _filtered(
         found = {str(row.get(column)) for _, row in rows}
         if text not in found:
             raise UserError(
-                f"{where}: no row has {text!r} in column {column!r}; there are "
-                f"{', '.join(sorted(found)[:8])}."
+                f"{where}: no row has {text!r} in column {column!r}, which has {len(found)} other "
+                "values."
             )
         rows = [(number, row) for number, row in rows if str(row.get(column)) == text]
     return rows
@@ -112,10 +112,9 @@ def _present(
     absent = [part for part, column in named.items() if column not in row]
     for part in absent:
         if part not in OPTIONAL:
-            near = did_you_mean(named[part], row)
-            raise UserError(
-                f"{where}: no column {named[part]!r} ({part}).{near} It has {', '.join(row)}."
-            )
+            names = column_names(row)
+            near = did_you_mean(named[part], names.split(", "))
+            raise UserError(f"{where}: no column {named[part]!r} ({part}).{near} It has {names}.")
     return (
         {part: column for part, column in named.items() if part not in absent},
         [named[part] for part in absent if part != "group"],

@@ -6,13 +6,12 @@ from typing import Any
 
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.records import (
-    RECORDS,
     SCORES,
     Record,
     as_json,
-    read_records,
+    read_private_records,
     write_json,
-    write_json_lines,
+    write_records,
 )
 from unlearn_llm.evaluation.report import read_details
 from unlearn_llm.exchange.losses import with_likelihoods
@@ -27,7 +26,11 @@ IMPORTS = ("open-unlearning",)
 
 
 def export_folder(
-    folder: Path, style: str, reference: Path | None = None, submitted_by: str = ""
+    folder: Path,
+    style: str,
+    reference: Path | None = None,
+    submitted_by: str = "",
+    show_forget_text: bool = False,
 ) -> str:
     """Write an evaluation in another project's format.
 
@@ -35,6 +38,8 @@ def export_folder(
         folder: Of a run (with evaluation/ in it) or of an evaluation.
         style: One of EXPORTS.
         reference: Records of a gold model; None: those that the evaluation names.
+        show_forget_text: Where the format has a place for them, write questions, answers and
+            generations, too.
 
     Raises:
         UserError: an unknown format, no evaluation, or one that lacks what the format needs.
@@ -47,13 +52,14 @@ def export_folder(
     if style == "model-index":
         path = str((recipe.get("model") or {}).get("path") or "")
         return model_index(details, name, base_model=path if _is_hub_id(path) else None)
-    records = with_likelihoods(read_records(place))
+    records = with_likelihoods(read_private_records(place))
     compared = _reference(reference or details.get("reference"))
     if style == "tofu-csv":
         return tofu_csv(records, compared, method=name, submitted_by=submitted_by)
     from unlearn_llm.exchange import open_unlearning  # imports transformers
 
-    return as_json(open_unlearning.from_records(records, compared), indent=4) + "\n"
+    log = open_unlearning.from_records(records, compared, show_forget_text)
+    return as_json(log, indent=4) + "\n"
 
 
 def import_file(
@@ -75,7 +81,7 @@ def import_file(
     log = open_unlearning.read_log(file)
     records = open_unlearning.to_records(log)
     details = open_unlearning.details_of(log, file, records, _reference(reference))
-    write_json_lines(output / RECORDS, records)
+    write_records(output, records)
     write_json(output / SCORES, details)
     scores: Mapping[str, Any] = details["scores"]
     return scores
@@ -96,7 +102,7 @@ def _reference(path: str | Path | None) -> list[Record] | None:
         from unlearn_llm.exchange import open_unlearning
 
         return open_unlearning.to_records(open_unlearning.read_log(path))
-    return with_likelihoods(read_records(path))
+    return with_likelihoods(read_private_records(path))
 
 
 def _name(recipe: Mapping[str, Any], details: Mapping[str, Any], folder: Path) -> str:

@@ -117,13 +117,16 @@ def details_of(
 
 
 def from_records(
-    records: Sequence[Record], reference: Sequence[Record] | None = None
+    records: Sequence[Record],
+    reference: Sequence[Record] | None = None,
+    show_forget_text: bool = False,
 ) -> dict[str, Any]:
     """Make a log of our records, which open-unlearning's code reads as its own.
 
     Args:
         records: Of a suite with TOFU's four probes, such as tofu or open_unlearning.
         reference: Of a model that never saw the forget set, for forget_quality.
+        show_forget_text: Write the texts of the rows, too; their code reads none.
 
     Raises:
         UserError: a probe is missing, or rows have no losses or generations.
@@ -139,7 +142,7 @@ def from_records(
         )
     log: dict[str, Any] = {}
     for probe in PREFIXES:
-        log |= _of_probe(probe, by_probe[probe])
+        log |= _of_probe(probe, by_probe[probe], show_forget_text)
     if "holdout" in by_probe:
         log |= _both_sides(by_probe["forget"], by_probe["holdout"])
     _aggregate(log, reference)
@@ -170,7 +173,7 @@ def _aggregate(log: dict[str, Any], reference: Sequence[Record] | None) -> None:
             log[name]["auc"] = score.value
 
 
-def _of_probe(probe: str, records: Sequence[Record]) -> dict[str, Any]:
+def _of_probe(probe: str, records: Sequence[Record], show_texts: bool) -> dict[str, Any]:
     prefix, facts = PREFIXES[probe], probe in FACTS
     losses = {record["id"]: Losses.of_record(record) for record in records}
     metrics = {row: found.metrics() for row, found in losses.items()}
@@ -189,7 +192,7 @@ def _of_probe(probe: str, records: Sequence[Record]) -> dict[str, Any]:
             }
             for row, found in losses.items()
         },
-        f"{prefix}_Q_A_ROUGE": {record["id"]: _rouge(record) for record in records},
+        f"{prefix}_Q_A_ROUGE": {record["id"]: _rouge(record, show_texts) for record in records},
         _truth_ratio(probe): {
             row: {"score": found["truth_ratio_eps"]} for row, found in metrics.items()
         },
@@ -212,17 +215,17 @@ def _prob(loss: float | None) -> dict[str, float | None]:
     return {"prob": found.get("probability"), "avg_loss": loss}
 
 
-def _rouge(record: Record) -> dict[str, Any]:
+def _rouge(record: Record, show_texts: bool) -> dict[str, Any]:
+    """Give ROUGE, of the texts where they are at hand, else as far as it was taken."""
+    if "text" not in record["generation"]:
+        metrics = record["metrics"]
+        return {theirs: metrics[ours] for theirs, ours in ROUGE.items() if ours in metrics}
     text = record["generation"]["text"]
     scored = texts.rouge(record["answer"], text)
-    return {
-        "rouge1_recall": scored.rouge1_recall,
-        "rougeL_f1": scored.rougeL_f1,
-        "rougeL_recall": scored.rougeL_recall,
-        "input": record["question"],
-        "ground_truth": record["answer"],
-        "generation": text,
-    }
+    found: dict[str, Any] = {name: getattr(scored, name) for name in ROUGE}
+    if show_texts:
+        found |= {"input": record["question"], "ground_truth": record["answer"], "generation": text}
+    return found
 
 
 def _scores(records: Sequence[Record], metric: str) -> dict[str, dict[str, float | None]]:
@@ -255,16 +258,21 @@ def _record(log: Mapping[str, Any], probe: str, index: str) -> Record:
     if probe == "forget":
         printed |= {name: _number(log, name, index, "score") for name in OF_ANSWER}
         printed |= _membership(log, "forget", index)
-    asked = _row(log, f"{prefix}_Q_A_ROUGE", index)
-    text = asked.get("generation")
     return _bare(probe, index) | {
-        "question": str(asked.get("input", "")),
-        "answer": str(asked.get("ground_truth", "")),
-        "generation": None
-        if text is None
-        else {"text": str(text), "tokens": None, "finished": None},
+        **_texts(_row(log, f"{prefix}_Q_A_ROUGE", index)),
         "results": losses.results(),
         "metrics": metrics | {name: v for name, v in printed.items() if v is not None},
+    }
+
+
+def _texts(row: Mapping[str, Any]) -> Record:
+    """Take the texts out of a row, if it has them."""
+    if "generation" not in row:
+        return {"generation": {"tokens": None, "finished": None}} if row else {}
+    return {
+        "question": str(row.get("input", "")),
+        "answer": str(row.get("ground_truth", "")),
+        "generation": {"text": str(row["generation"]), "tokens": None, "finished": None},
     }
 
 

@@ -121,6 +121,10 @@ LISTED = [
     Command("eval as JSON", ("eval", "gold", *SUITE, "--json", "--output", "as_json")),
     Command("open_unlearning", ("eval", "target", "--suite", "open_unlearning", "folder=DATA",
                                 "max_new_tokens=16", "limit=all", "--output", "evaluated")),
+    Command("privacy", ("eval", "target", "--suite", "privacy", "folder=DATA", "intervals=null",
+                        "--output", "evaluated")),
+    Command("plot ROC", ("plot", "--roc", "evaluated/privacy/target", "--output", "roc.svg"),
+            needs=("privacy",)),
     Command("recompute", ("eval", "--from", "target/evaluation/records.jsonl", "--from",
                           "gold/evaluation", "--intervals")),
     Command("compare", ("compare", "target/evaluation", "gold/evaluation", "--all",
@@ -178,4 +182,6 @@ LISTED = [
             shows=True),
     _train("wrong tokenizer", "model.tokenizer=DATA/tokenizer", codes=(1, 2)),
 ]  # fmt: skip
+NOT_RUN = {"demo": "its rows are generated, and nothing can be planted in them"}
+"""Words of the command line that stand in no command, with the reason."""
 COMMANDS = {command.name: command for command in LISTED}

@@ -45,6 +45,7 @@ def make(folder: Path) -> Planted:
         ("retain_perturbed", retain),
         ("real_authors_perturbed", facts),
         ("world_facts_perturbed", facts),
+        ("holdout10", facts),
     ):
         _write(folder / f"{name}.json", rows)
     _faulty(folder, forget)

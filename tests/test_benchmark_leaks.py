@@ -20,10 +20,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import typer
+from leaks_commands import COMMANDS, NOT_RUN
 from leaks_data import FORGET_ROWS, IN_FORGET, IN_RETAIN, STEM, make
 from leaks_scan import Scanner
 from models_for_tests import small_tokenizer
 from safetensors.torch import save
+
+from unlearn_llm.cli import app
 
 WORD, OTHER = f"{STEM}kelmtirbos", f"{STEM}nudfelwagr"
 TEXT = f"It was in {WORD} by the sea."
@@ -152,6 +156,12 @@ def test_torn_archives_are_looked_through_as_they_are(scanner):
 def test_a_word_in_a_files_name_is_found(scanner):
     (hit,) = scanner.name(Path("runs") / f"{WORD}.json")
     assert hit.encoding == "text in a name"
+
+
+def test_every_command_is_run_or_has_a_reason_not_to():
+    known = {command.words[0] for command in COMMANDS.values()} | NOT_RUN.keys()
+    missing = typer.main.get_command(app).commands.keys() - known
+    assert not missing, f"{missing}: add them to LISTED in benchmarks/leaks_commands.py"
 
 
 def test_the_words_stand_in_all_columns_of_the_forget_set(tmp_path):

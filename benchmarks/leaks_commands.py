@@ -69,6 +69,7 @@ class Command(NamedTuple):
         codes: How it may end; minus a signal's number for one that is killed.
         needs: Commands whose results it reads.
         fault: What goes wrong on the way (leaks_runs.FAULTS).
+        ranks: Processes; torchrun starts several, and ends with 1 if one of them fails.
         of_texts: What it writes is rows, asked for as such: for their owner alone.
         shows: It is told to write texts for all. Runs only if it is named: then words are found.
     """
@@ -78,6 +79,7 @@ class Command(NamedTuple):
     codes: tuple[int, ...] = (0,)
     needs: tuple[str, ...] = ("target", "gold")
     fault: str | None = None
+    ranks: int = 1
     of_texts: str | None = None
     shows: bool = False
 
@@ -172,6 +174,9 @@ LISTED = [
     _train("told to go", codes=(143,), fault="told to go"),
     _train("interrupted", codes=(130,), fault="interrupted"),
     _train("disk full", codes=(5,), fault="disk full"),
+    _train("two ranks", "train.objective=dpo+kl", ranks=2),
+    _train("NaN on two ranks", "train.learning_rate=1e30", "train.max_grad_norm=0",
+           codes=(1,), ranks=2),
     Command("killed while evaluating", ("eval", "target", *SUITE, "--output", "killed"), (-9,),
             fault="killed while evaluating"),
     Command("killed while writing", ("eval", "target", *SUITE, "--output", "killed"), (-9,),

@@ -114,6 +114,10 @@ def in_child(command: Command, folder: Path) -> int:
     data = str(folder / "data")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
     sys.argv = ["unlearn", *(word.replace("DATA", data) for word in command.words)]
+    if command.ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        by = [*launcher, str(command.ranks), "-m", "unlearn_llm", *sys.argv[1:]]
+        os.execv(sys.executable, [sys.executable, *by])
     if command.fault is not None:
         FAULTS[command.fault]()
     code: int | str | None = 0

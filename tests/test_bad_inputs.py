@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from bad_inputs import commands, data, environment, models, recipes
-from bad_inputs.case import Bad, make_good_folder
+from bad_inputs.case import EVAL, TRAIN, Bad, make_good_folder
 from bad_inputs.rights import without_privileges
 
 from unlearn_llm import cli
@@ -88,10 +88,30 @@ def test_the_table_is_long_and_says_everything_once():
 
 
 def test_the_folder_without_a_fault_trains_and_is_measured(work, monkeypatch, capsys):
-    assert run(monkeypatch, *Bad("", "", "").words, "--json") == 0
-    command = Bad("", "", "", models.EVAL).words
-    assert run(monkeypatch, *command, "--json") == 0
+    assert run(monkeypatch, *TRAIN.split(), "--json") == 0
+    assert run(monkeypatch, *EVAL.split(), "--json") == 0
     assert not list(work.rglob(".unlearn.lock"))
+
+
+@pytest.mark.parametrize(
+    ("command", "folder"),
+    [(TRAIN, "out"), ("train mine.yaml --resume", "out"), (EVAL, "scored/synthetic/good")],
+)
+def test_a_folder_that_another_run_writes_is_left_alone(work, monkeypatch, capsys, command, folder):
+    code = (
+        f"import fcntl, time; file = open('{folder}/.unlearn.lock', 'w')\n"
+        "fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout.readline() == b"held\n"
+            before = contents(work)
+            assert run(monkeypatch, *command.split()) == 2
+            line = told(capsys.readouterr().err)
+            assert f"{folder} is being written by another run. Wait for it" in line
+            assert contents(work) == before
+        finally:
+            other.kill()
 
 
 def process(*words: str | bytes, **keywords) -> subprocess.CompletedProcess:

@@ -72,7 +72,9 @@ def take(folder: Path) -> None:
         UserError: on every process, if another run has it.
     """
     answer: list[str | None] = [None]
-    if PartialState().is_main_process and folder.resolve() not in _held:
+    state = PartialState()
+    state.wait_for_everyone()  # no rank may look for another run's lock and find ours
+    if state.is_main_process and folder.resolve() not in _held:
         new = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
             _held[folder.resolve()] = _own(folder)

@@ -1,6 +1,6 @@
 """Can a model be loaded? Found from its folder and the heads of its files, before a weight is read.
 
-What is on the hub, or comes with code of its own, shows when it is loaded.
+Faults of what is on the hub, or comes with code of its own, show when it is loaded.
 """
 
 import json
@@ -36,15 +36,18 @@ def check_model(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> 
     Raises:
         UserError: naming the folder or file, and what to do.
     """
+    folder = Path(str(settings.path)).expanduser()
+    if not folder.is_dir():
+        return
     if is_adapter(settings):
         base = _check_adapter(settings)
         if Path(str(base)).expanduser().is_dir():  # its tokenizer may be larger: adapters add words
             _check_folder(ModelSettings(path=base, dtype=settings.dtype))
         return
     _check_folder(settings)
-    config: Any = model_config(settings).get_text_config()
-    known, largest = config.vocab_size, max(tokenizer.get_vocab().values(), default=0)
-    if largest >= known:
+    known = getattr(model_config(settings).get_text_config(), "vocab_size", None)
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if known is not None and largest >= known:
         raise UserError(
             f"model.path: {settings.path} has embeddings for {known} tokens, but its tokenizer "
             f"knows a token {largest}. Give the tokenizer that belongs to it (model.tokenizer)."
@@ -70,10 +73,7 @@ def _check_adapter(settings: ModelSettings) -> str:
 
 
 def _check_folder(settings: ModelSettings) -> None:
-    folder = Path(str(settings.path)).expanduser()
-    if not folder.is_dir():
-        return
-    config = model_config(settings)
+    folder, config = Path(str(settings.path)).expanduser(), model_config(settings)
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if (folder / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
         _check_present(folder, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)

@@ -96,9 +96,7 @@ def begin(recipe: Recipe, resume: bool) -> None:
     Raises:
         UserError: another run is writing there.
     """
-    state = PartialState()
-    state.wait_for_everyone()  # no rank may find our file while it looks for an earlier run's
-    folder = recipe.output_dir
+    state, folder = PartialState(), recipe.output_dir
     take(folder)
     if state.is_main_process:
         if not resume:

@@ -15,6 +15,13 @@ def no_entry(*names: str, mode: int = 0):
     return close
 
 
+def moved(name: str, to: str):
+    def move(folder: Path) -> None:
+        (folder / name).rename(folder / to)
+
+    return move
+
+
 CASES = [
     Bad("unknown command", "trian", "Did you mean 'train'", "trian mine.yaml"),
     Bad("unknown option", "--overwrit", "--overwrite", "train mine.yaml --overwrit"),
@@ -69,6 +76,14 @@ CASES = [
     ),
     Bad("output over the model", "good", "the same folder", TRAIN, ("train.output_dir=good",)),
     Bad(
+        "output around the model",
+        "model.path lies in train.output_dir",
+        "another folder",
+        TRAIN,
+        ("model.path=out/inner",),
+        prepare=moved("good", "out/inner"),
+    ),
+    Bad(
         "output is a file",
         "mine.yaml is a file",
         "give a folder",
@@ -107,7 +122,7 @@ CASES = [
     Bad(
         "a recipe that may not be read",
         "mine.yaml",
-        "permission",
+        "give another file",
         TRAIN,
         of_permissions=True,
         prepare=no_entry("mine.yaml"),

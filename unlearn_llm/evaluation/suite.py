@@ -312,6 +312,10 @@ def _read(path: Path) -> dict[str, Any]:
         content = parse_yaml(path.read_text(encoding="utf-8"), path.name)
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path.name}: not UTF-8 text. Save it as UTF-8.") from error
+    except OSError as error:
+        raise RecipeError(
+            f"{path.name}: cannot be read ({error.strerror}); give another file, or change that."
+        ) from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path.name}: expected keys such as probes: and scores:.")
     return content

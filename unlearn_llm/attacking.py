@@ -84,7 +84,7 @@ def attack_models(request: Request) -> dict[str, Details]:
         name: _subject(name, request, sources)
         for name in dict.fromkeys([*request.models, *filter(None, [request.gold])])
     }
-    for name in [*map(_folder_name, request.models), *([GOLD] if request.gold else [])]:
+    for name in [*map(folder_name, request.models), *([GOLD] if request.gold else [])]:
         take(request.output / name)
     findings: dict[str, Findings] = {}
     gold = None

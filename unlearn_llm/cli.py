@@ -58,7 +58,7 @@ def main() -> None:
         if code == 130:  # typer has caught Ctrl-C
             raise KeyboardInterrupt
         sys.stdout.flush()  # here, where a reader that has gone is no fault
-        sys.exit(code)
+        sys.exit(code or 0)
 
 
 @app.command()

@@ -76,6 +76,8 @@ def _check_folder(settings: ModelSettings) -> None:
     folder, config = Path(str(settings.path)).expanduser(), model_config(settings)
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if (folder / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
+        if settings.extra.get("use_safetensors") is False:
+            return  # asked for a pickle
         _check_present(folder, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
         files = [folder / SAFE_WEIGHTS_NAME]
     else:

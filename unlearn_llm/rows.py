@@ -281,14 +281,19 @@ def _rows_of(columns: Mapping[str, list[str]], path: Path) -> list[dict[str, Any
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     # Lines end with \n alone: U+2028 and its like may stand inside a JSON string.
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), ""), start=1):
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
+            where = f"{path}, line {number}"
             if len(line) > MAX_LINE:
+                raise UserError(f"{where}: expected at most {MAX_LINE} bytes. Split the row.")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
                 raise UserError(
-                    f"{path}, line {number}: expected at most {MAX_LINE} letters. Split the row."
-                )
-            if line.strip():
-                rows.append(_parsed(line, path, number))
+                    f"{where}: not UTF-8 text ({error.reason}). Save it as UTF-8."
+                ) from None  # its representation has the line in it
+            if text.strip():
+                rows.append(_parsed(text, path, number))
     return _objects(rows, path)
 
 
@@ -299,12 +304,14 @@ def _parsed(text: str, path: Path, line: int | None = None) -> Any:
     except json.JSONDecodeError as error:
         where = f"{path}, line {line or error.lineno}"
         expected = "expected a list of objects, or one object in each line"
-        raise UserError(f"{where}: not JSON ({error.msg}); {expected}.") from error
+        raise UserError(
+            f"{where}: not JSON ({error.msg}); {expected}."
+        ) from None  # it has the text
     except (ValueError, RecursionError) as error:
         deep = isinstance(error, RecursionError)
         where = f"{path}, line {line}" if line else str(path)
         reason = "nested too deeply" if deep else "a number with too many digits"
-        raise UserError(f"{where}: {reason}; expected objects of texts.") from error
+        raise UserError(f"{where}: {reason}; expected objects of texts.") from None
 
 
 def _check_size(size: int, path: Path) -> None:

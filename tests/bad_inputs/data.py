@@ -44,7 +44,7 @@ CASES = [
     forget("a column that later rows lack", "row 1", "hold text", lines(GOOD, {"question": "x"})),
     forget(
         "a column name that moves the cursor",
-        "\\x1b[2J",
+        "2 without a plain name",
         "data.question_column",
         lines({"\x1b[2J": "a", "b\u202e": "b"}),
     ),

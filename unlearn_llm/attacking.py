@@ -84,8 +84,10 @@ def attack_models(request: Request) -> dict[str, Details]:
         name: _subject(name, request, sources)
         for name in dict.fromkeys([*request.models, *filter(None, [request.gold])])
     }
-    for name in [*map(folder_name, request.models), *([GOLD] if request.gold else [])]:
-        take(request.output / name)
+    for name in request.models:
+        take(request.output / folder_name(str(Path(name))))
+    if request.gold is not None:
+        take(request.output / GOLD)
     findings: dict[str, Findings] = {}
     gold = None
     if request.gold is not None:

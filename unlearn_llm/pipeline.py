@@ -29,6 +29,9 @@ from unlearn_llm.evaluation.records import read_records
 from unlearn_llm.evaluation.suite import Suite
 from unlearn_llm.evaluation.trade_off import EVALUATION
 from unlearn_llm.finetune import finetune
+from unlearn_llm.folders import alone, check_output, take
+from unlearn_llm.launch import check_launch, check_packages
+from unlearn_llm.model_files import check_model
 from unlearn_llm.models import (
     ModelSettings,
     context_length,
@@ -46,6 +49,7 @@ from unlearn_llm.results import (
     saved_evaluation,
     saved_log,
     saved_model,
+    standing_of,
 )
 from unlearn_llm.rows import QA, check_disjoint, load_rows, split_tasks, to_pairs
 from unlearn_llm.trainer import UnlearnTrainer
@@ -68,6 +72,7 @@ class Run(NamedTuple):
 
 
 @listening()
+@alone()
 def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Run:
     """Fine-tune a model, or train a new one, as a recipe of kind finetune says.
 
@@ -76,6 +81,7 @@ def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     """
     if recipe.kind != "finetune":
         raise UserError(f"{recipe.name} is a recipe to unlearn: use `unlearn train`.")
+    check_launch()
     check_folder(recipe, resume, overwrite)
     suite = _suite(recipe)
     data = recipe.data
@@ -85,10 +91,12 @@ def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
         tokenizer: Any = new_tokenizer(texts, recipe.model.new.vocabulary)
     else:
         tokenizer = load_tokenizer(recipe.model)
+        check_model(recipe.model, tokenizer)
     encoder = _encoder(tokenizer, data)
     _check_encodes(encoder, pairs, "the training rows", recipe.model)
     args = recipe.arguments()
-    standing = begin(recipe, resume)
+    check_packages(args)
+    standing = standing_of(recipe, resume)
     if standing.trained:
         return _go_on(recipe, suite, encoder)
     args.resume_from_checkpoint = standing.checkpoint
@@ -98,11 +106,13 @@ def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
         set_seed(args.seed)  # a fresh adapter is random
         model = load_model(recipe.model)
     kept = _Kept(model)
+    begin(recipe, resume)
     trainer = finetune(model, tokenizer, pairs, encoder, args)
     return _finish(trainer, recipe, kept, suite, encoder)
 
 
 @listening()
+@alone()
 def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Run:
     """Unlearn as a recipe says, and evaluate if it asks for that.
 
@@ -116,20 +126,23 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
     """
     if recipe.kind != "unlearn":
         raise UserError(f"{recipe.name} is a recipe to fine-tune: use `unlearn finetune`.")
+    check_launch()
     check_folder(recipe, resume, overwrite)
     suite = _suite(recipe)
     refusals = read_refusals(recipe.data.refusals)
     forget, retain = forget_and_retain(recipe.data)
     check_disjoint(forget, retain, recipe.data.allow_overlap)
     tokenizer = load_tokenizer(recipe.model)
+    check_model(recipe.model, tokenizer)
     encoder = _encoder(tokenizer, recipe.data)
     _check_encodes(encoder, forget, "the forget set", recipe.model)
     _check_encodes(encoder, retain, "the retain set", recipe.model)
     args: Any = recipe.arguments()
+    check_packages(args)
     during = _during(recipe, encoder)
     if resume and during is not None:
         during.check_earlier()
-    standing = begin(recipe, resume)
+    standing = standing_of(recipe, resume)
     if standing.trained:
         return _go_on(recipe, suite, encoder)
     set_seed(args.seed)  # a fresh adapter is random
@@ -149,6 +162,7 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
         allow_overlap=recipe.data.allow_overlap,
     )
     _check_evaluates_whole(trainer)
+    begin(recipe, resume)
     trainer.train(resume_from_checkpoint=standing.checkpoint)
     if during is not None and trainer.is_world_process_zero():
         during.finish()
@@ -180,6 +194,7 @@ def run_alternates(
     return len(found)
 
 
+@alone()
 def run_evaluate(
     model: ModelSettings,
     suite: Suite,
@@ -199,6 +214,9 @@ def run_evaluate(
         show_forget_text: See write_records.
         load: Gives the model.
     """
+    check_launch()
+    if output_dir is not None:
+        check_output(output_dir, "--output")
     if reference is not None:
         read_records(reference)
     if suite.template is not None:  # the model's own may be one that its tokenizer lacks
@@ -206,6 +224,8 @@ def run_evaluate(
     encoder = _encoder(load_tokenizer(model), data)
     state = PartialState()
     loaded: nn.Module = load(model).to(state.device).eval()
+    if output_dir is not None:
+        take(output_dir)
     return evaluate(
         suite,
         loaded,
@@ -283,6 +303,7 @@ def _finish(
 
 def _go_on(recipe: Recipe, suite: Suite | None, encoder: Encoder) -> Run:
     """Finish a run whose model is saved: evaluate what is not evaluated yet."""
+    begin(recipe, resume=True)
     folder, state = recipe.output_dir, PartialState()
     evaluation = None if suite is None else saved_evaluation(recipe, suite)
     if suite is not None and evaluation is None:

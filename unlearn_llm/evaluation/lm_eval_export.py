@@ -38,7 +38,7 @@ def export_tasks(suite: Suite, encoder: Encoder, folder: Path) -> list[str]:
     Raises:
         UserError: the folder is not empty, or lm-eval would read other tokens than we do.
     """
-    if folder.exists() and any(folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"export-tasks: {folder} is not empty; give a new folder.")
     made: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = []
     for name, probe in suite.own_probes.items():

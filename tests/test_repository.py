@@ -40,7 +40,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     2: (
         "dual_setup", "encode", "data_sets", "rows", "dataset", "models", "hidden", "scoring",
         "reference", "progress", "gumbel", "negate", "shared_base", "undisturbed",
-        "checkpoints",
+        "checkpoints", "ledger",
         "evaluation/batching", "evaluation/cache", "evaluation/generator", "evaluation/gradients",
         "evaluation/judges", "evaluation/lm_eval_data", "evaluation/provenance",
         "evaluation/readings", "evaluation/runner", "evaluation/safety_judges", "evaluation/scorer",
@@ -62,6 +62,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "demo", "__init__", "__main__", "evaluation/report",
         "evaluation/during", "evaluation/figure", "evaluation/roc_figure",
         "evaluation/trade_off",
+        "continuing", "cli_requests",
         "exchange", "exchange/commands", "exchange/losses", "exchange/model_index",
         "exchange/open_unlearning", "exchange/tofu_csv",
         "leaderboard", "leaderboard/boards", "leaderboard/cells", "leaderboard/comparable",

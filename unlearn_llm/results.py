@@ -23,6 +23,7 @@ from unlearn_llm.evaluation.evaluate import Evaluation
 from unlearn_llm.evaluation.records import RECORDS, SCORES, read_private_records, write_whole
 from unlearn_llm.evaluation.suite import Suite, as_plain
 from unlearn_llm.evaluation.trade_off import EVALUATION
+from unlearn_llm.ledger import LEDGER, PRIVATE
 from unlearn_llm.models import ModelSettings
 from unlearn_llm.recipe import Recipe
 from unlearn_llm.saving import could_not_write, first_line
@@ -38,8 +39,12 @@ LEFT_BY_RUNS = (
     "adapter_config.json",
     TRAINER_STATE_NAME,
     EVALUATION,
+    LEDGER,
 )
-HALF_WRITTEN = (f".{RECIPE_FILE}.*", f".{MANIFEST}.*", f"{EVALUATION}/**/.*.????????")
+HALF_WRITTEN = (
+    *(f".{name}.*" for name in (RECIPE_FILE, MANIFEST, LEDGER)),
+    *(f"{name}/**/.*.????????" for name in (EVALUATION, PRIVATE)),
+)
 """What `write_whole` leaves when it is killed."""
 
 

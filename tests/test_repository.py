@@ -65,6 +65,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "continuing", "cli_requests",
         "exchange", "exchange/commands", "exchange/losses", "exchange/model_index",
         "exchange/open_unlearning", "exchange/tofu_csv",
+        "release", "release/card", "release/change", "release/folder", "release/scan",
         "leaderboard", "leaderboard/boards", "leaderboard/cells", "leaderboard/comparable",
         "leaderboard/formats", "leaderboard/methods", "leaderboard/published", "leaderboard/runs",
     ),

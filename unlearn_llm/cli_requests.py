@@ -50,6 +50,33 @@ def requests(
     print(f"The weights in {run} are those that the last request ended with.")
 
 
+@commands.command()
+def release(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of `unlearn train`.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A new folder.")],
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Release an adapter that is not merged.")
+    ] = False,
+    original: Annotated[
+        Path | None, typer.Option(help="The model before, if it lies elsewhere than the run says.")
+    ] = None,
+    forget: Annotated[
+        str | None, typer.Option(help="Rows to look for in the files; else those of the run.")
+    ] = None,
+    unscanned: Annotated[
+        bool, typer.Option("--unscanned", help="Do not look for the forget rows: they are gone.")
+    ] = False,
+) -> None:
+    """Copy what may be shared of a finished run: weights, settings, tokenizer, a model card."""
+    if forget is not None and unscanned:
+        raise UserError("release: give --forget or --unscanned; one of the two.")
+    from unlearn_llm.release.folder import release as make
+
+    made = make(run, output, adapter=adapter, original=original, forget=forget, unscanned=unscanned)
+    print(*(printable(note) for note in made.notes), sep="\n")
+    print(f"wrote {output}: {', '.join(made.files)}")
+
+
 def _said(entry: dict[str, Any]) -> str:
     if entry["event"] == "asked":
         said = (

@@ -133,7 +133,7 @@ class Request:
             **self._stamp("done"),
             "weights": ledger.weights_hash(self._folder),
             "suite": None if evaluation is None else evaluation.details["suite"]["name"],
-            "scores": None if evaluation is None else _totals(evaluation.details["scores"]),
+            "scores": None if evaluation is None else totals(evaluation.details["scores"]),
         }
         if any(_same(entry, known) for known in entries):
             return  # a finished run that was called again
@@ -164,7 +164,7 @@ class Request:
         }
 
 
-def _totals(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+def totals(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
     """Leave out what composites are made of."""
     return {name: score["value"] for name, score in scores.items() if "/" not in name}
 

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from models_for_tests import small_tokenizer, synthetic_pairs, tiny_model
+from models_for_tests import small_tokenizer, tiny_model
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from unlearn_llm import cli
-from unlearn_llm.checkpoints import fault
+from unlearn_llm.checkpoints import commit, fault
 from unlearn_llm.errors import UserError
+from unlearn_llm.exchange.model_index import model_index
+from unlearn_llm.ledger import carry_over, check_chain
 from unlearn_llm.pipeline import run_train
 from unlearn_llm.recipe import Recipe
 from unlearn_llm.release import folder
@@ -51,7 +54,7 @@ def work(tmp_path_factory):
         small_tokenizer().save_pretrained("target")
         Path("forget.yaml").write_text(UNLEARN)
         run_train(recipe("run", EVALUATE))
-        run_train(recipe("adapter", "model.lora={r: 2}"))
+        run_train(recipe("adapter", "model.lora={r: 2}", EVALUATE))
         yield Path.cwd()
 
 
@@ -100,7 +103,7 @@ def test_the_card_tells_the_scores_and_what_was_done(released):
         "| objective | ga+gd |",
         "| method | joint |",
         "| forget set | synthetic/forget05 |",
-        "| rows asked to be forgotten | 20 in 1 requests |",
+        "| rows asked to be forgotten | 20 in 1 request |",
         "| forgotten text in these files | none found |",
         "tensors changed, relative distance",
         "not measured",
@@ -118,6 +121,13 @@ def test_the_card_names_no_private_file_and_no_folder_of_this_machine(work):
             written = file.read_text().casefold()
             assert "jane" not in written and str(work) not in written
     assert "| forget set | private |" in Path("private_rows/README.md").read_text()
+
+
+def test_a_base_model_on_the_hub_is_named_with_what_the_release_is_to_it():
+    details = {"suite": {"name": "tofu", "split": "", "limit": None}, "scores": {}}
+    told = model_index(details, "mine", "owner/base", relation="adapter")
+    data = ModelCard(told).data
+    assert (data.base_model, data.base_model_relation) == ("owner/base", "adapter")
 
 
 def test_it_says_where_the_model_before_lies(released, work):
@@ -278,6 +288,24 @@ def test_an_unmerged_adapter_is_refused_unless_asked_for():
 def test_an_adapter_that_does_nothing_is_refused():
     run_train(recipe("idle", "model.lora={r: 2}", "train.learning_rate=0.0"))
     refused("nothing was unlearned", "idle", "--adapter")
+
+
+def test_a_merged_adapter_is_released_with_the_ledger_of_its_run():
+    staged = Path("merging/merged")
+    merged = AutoPeftModelForCausalLM.from_pretrained("adapter").merge_and_unload()
+    merged.save_pretrained(staged)
+    small_tokenizer().save_pretrained(staged)
+    commit(staged, Path("merged"))
+    refused(r"merged holds no requests\.jsonl", "merged")
+    carry_over(Path("adapter"), Path("merged"))
+    assert [entry["event"] for entry in check_chain(Path("merged"))] == ["asked", "done", "done"]
+    release("merged", "whole")
+    assert {path.name for path in Path("whole").iterdir()} == SHARED
+    compared = change(Path("target"), Path("whole"))
+    card = Path("whole/README.md").read_text()
+    assert f"| weights | {compared} |" in card and "| MU9 | 0" in card
+    assert "Suite `synthetic` of the adapter, before it was merged." in card
+    assert 0 < compared.changed < compared.tensors  # embeddings and norms have no adapter
 
 
 # How far the weights went.

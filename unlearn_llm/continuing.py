@@ -7,7 +7,6 @@ which every run of `unlearn train` writes.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -116,32 +115,30 @@ class Request:
         ledger.write_key(self._folder, self.key)
         if self._own(ledger.read_ledger(self._folder)):
             return  # a run that goes on
-        entry = {
-            **self._stamp("asked"),
-            "recipe": self._recipe(),
-            "objective": self.recipe.objective().name,
-            "parent": self._parent(),
-            "forget_rows": len(self.rows),
-            "retain_rows_left_out": self.kept_out,
-            "rows": self.rows,
-        }
+        entry = ledger.new_entry(
+            "asked",
+            self._number,
+            recipe=self._recipe(),
+            objective=self.recipe.objective().name,
+            parent=self._parent(),
+            forget_rows=len(self.rows),
+            retain_rows_left_out=self.kept_out,
+            rows=self.rows,
+        )
         ledger.write_ledger(self._folder, [*self.earlier, entry])
 
     def _record_done(self, evaluation: Evaluation | None) -> None:
         entries = ledger.read_ledger(self._folder)
-        entry = {
-            **self._stamp("done"),
-            "weights": ledger.weights_hash(self._folder),
-            "suite": None if evaluation is None else evaluation.details["suite"]["name"],
-            "scores": None if evaluation is None else totals(evaluation.details["scores"]),
-        }
+        entry = ledger.new_entry(
+            "done",
+            self._number,
+            weights=ledger.weights_hash(self._folder),
+            suite=None if evaluation is None else evaluation.details["suite"]["name"],
+            scores=None if evaluation is None else totals(evaluation.details["scores"]),
+        )
         if any(_same(entry, known) for known in entries):
             return  # a finished run that was called again
         ledger.write_ledger(self._folder, [*entries, entry])
-
-    def _stamp(self, event: str) -> Entry:
-        time = datetime.now(UTC).isoformat(timespec="seconds")
-        return {"event": event, "request": self._number, "time": time}
 
     @property
     def _number(self) -> int:

@@ -14,7 +14,9 @@ import hmac
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,20 @@ LEDGER = "requests.jsonl"
 PRIVATE = "private"
 KEY = "requests.key"
 KEY_BYTES = 32
+RECIPE_FILE = "recipe.yaml"
 WEIGHTS = ".safetensors"
 Entry = dict[str, Any]
+
+
+def new_entry(event: str, request: int, **content: Any) -> Entry:
+    """Make an entry of this moment (UTC).
+
+    Args:
+        event: "asked" or "done".
+        request: 1 for the first of a chain.
+    """
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"event": event, "request": request, "time": time, **content}
 
 
 def read_ledger(folder: Path) -> list[Entry]:
@@ -153,6 +167,21 @@ def check_chain(folder: Path) -> list[Entry]:
     if weights != weights_hash(folder):
         raise UserError(f"{folder}: the weights are not those that {LEDGER} tells of.")
     return entries
+
+
+def carry_over(run: Path, made: Path) -> None:
+    """Give a model that was made of a finished run's, by merging, the run's recipe and ledger.
+
+    Raises:
+        UserError: see check_chain.
+    """
+    entries = check_chain(run)
+    key = read_key(run)
+    if key is not None:
+        write_key(made, key)
+    shutil.copyfile(run / RECIPE_FILE, made / RECIPE_FILE)
+    done = {**entries[-1], **new_entry("done", entries[-1]["request"])}
+    write_ledger(made, [*entries, {**done, "merged": True, "weights": weights_hash(made)}])
 
 
 def _hash(text: str) -> str:

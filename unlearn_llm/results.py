@@ -23,13 +23,12 @@ from unlearn_llm.evaluation.evaluate import Evaluation
 from unlearn_llm.evaluation.records import RECORDS, SCORES, read_private_records, write_whole
 from unlearn_llm.evaluation.suite import Suite, as_plain
 from unlearn_llm.evaluation.trade_off import EVALUATION
-from unlearn_llm.ledger import LEDGER, PRIVATE
+from unlearn_llm.ledger import KEY, LEDGER, PRIVATE, RECIPE_FILE
 from unlearn_llm.models import ModelSettings
 from unlearn_llm.recipe import Recipe
 from unlearn_llm.saving import could_not_write, first_line
 
 logger = logging.getLogger(__name__)
-RECIPE_FILE = "recipe.yaml"
 LEFT_BY_RUNS = (
     MANIFEST,  # first: what is half removed is not finished
     STAGING,
@@ -40,6 +39,7 @@ LEFT_BY_RUNS = (
     TRAINER_STATE_NAME,
     EVALUATION,
     LEDGER,
+    f"{PRIVATE}/{KEY}",
 )
 HALF_WRITTEN = (
     *(f".{name}.*" for name in (RECIPE_FILE, MANIFEST, LEDGER)),

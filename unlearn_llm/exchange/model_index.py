@@ -46,10 +46,8 @@ def model_index(
         if score["value"] is not None and (members or "/" not in score_name)
     ]
     card = ModelCardData(
-        model_name=name,
-        eval_results=results,
-        tags=["unlearning"],
-        base_model=base_model,
-        **({"base_model_relation": relation} if base_model and relation else {}),
+        model_name=name, eval_results=results, tags=["unlearning"], base_model=base_model
     )
+    if base_model is not None and relation is not None:
+        card["base_model_relation"] = relation
     return f"---\n{card.to_yaml()}\n---\n"

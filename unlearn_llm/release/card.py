@@ -9,8 +9,10 @@ from unlearn_llm.exchange.model_index import model_index
 from unlearn_llm.leaderboard.runs import scheme
 from unlearn_llm.recipe import Recipe
 from unlearn_llm.release.change import Change
+from unlearn_llm.safe_text import printable
 
 PUBLIC = ("tofu/", "synthetic/")
+UNMEASURED = {"suite": {"name": "", "split": "", "limit": None}, "scores": {}}
 LIMITS = """\
 - The scores say what these tests found. They do not show that nothing is left: see `unlearn attack`
   for tests that try to get it back, and compare with a model that never saw the rows.
@@ -45,16 +47,16 @@ class Facts:
 
 def card(name: str, facts: Facts) -> str:
     """Write the card, in Markdown, with the scores as its front matter, too."""
-    details = facts.details or {"suite": {"name": "none", "split": "", "limit": 0}, "scores": {}}
+    relation = "adapter" if facts.adapter else "finetune"
     parts = [
-        model_index(details, name, facts.base, relation="adapter" if facts.adapter else "finetune"),
+        model_index(facts.details or UNMEASURED, name, facts.base, relation=relation),
         f"# {name}\n",
         *([ADAPTER + "\n"] if facts.adapter else []),
         "A language model after unlearning with unlearn_llm.\n",
         "## Unlearning\n",
         _table(("what", "how"), _unlearning(facts)),
         "## Scores\n",
-        _scores(facts.details),
+        _scores(facts),
         "## Limits\n",
         LIMITS + "\n",
     ]
@@ -63,6 +65,7 @@ def card(name: str, facts: Facts) -> str:
 
 def _unlearning(facts: Facts) -> list[tuple[str, str]]:
     asked = [entry for entry in facts.entries if entry["event"] == "asked"]
+    requests = f"{len(asked)} request" + "s" * (len(asked) > 1)
     source = facts.recipe.data.forget or ""
     rows = sum(entry["forget_rows"] for entry in asked)
     return [
@@ -70,29 +73,36 @@ def _unlearning(facts: Facts) -> list[tuple[str, str]]:
         ("method", scheme(facts.recipe.train)),
         # The name of a file may tell whom it is about.
         ("forget set", source if source.startswith(PUBLIC) else "private"),
-        ("rows asked to be forgotten", f"{rows} in {len(asked)} requests"),
+        ("rows asked to be forgotten", f"{rows} in {requests}"),
         ("done", str(facts.entries[-1]["time"])),
         ("weights", "not compared with the original" if not facts.change else str(facts.change)),
         ("forgotten text in these files", "none found" if facts.scanned else "not looked for"),
     ]
 
 
-def _scores(details: Mapping[str, Any] | None) -> str:
-    if details is None:
+def _scores(facts: Facts) -> str:
+    if facts.details is not None:
+        (scores,) = side_by_side({"model": facts.details}).values()
+        suite, versions = facts.details["suite"], facts.details["versions"]
+        made = ", ".join([f"split {suite['split']}", *(f"{n} {v}" for n, v in versions.items())])
+        told = [(name, score["text"], score["note"] or "") for name, score in scores.items()]
+        return f"{_score_table(told)}\nSuite `{suite['name']}`; {made}.\n"
+    last = facts.entries[-1]
+    if last["scores"] is None:
         return "Not measured.\n"
-    (scores,) = side_by_side({"model": details}).values()
-    rows = [
-        (name, score["text"], score["note"] or "")
-        for name, score in scores.items()
-        if "/" not in name
+    told = [
+        (name, "not measured" if value is None else f"{value:.4g}", "")
+        for name, value in last["scores"].items()
     ]
-    suite = details["suite"]
-    versions = ", ".join(f"{name} {version}" for name, version in details["versions"].items())
-    made = f"Suite `{suite['name']}`, split {suite['split']}; {versions}.\n"
-    return f"{_table(('score', 'value', 'note'), rows)}\n{made}"
+    of_adapter = " of the adapter, before it was merged" if last.get("merged") else ""
+    return f"{_score_table(told)}\nSuite `{last['suite']}`{of_adapter}.\n"
+
+
+def _score_table(rows: Sequence[tuple[str, str, str]]) -> str:
+    return _table(("score", "value", "note"), [row for row in rows if "/" not in row[0]])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    cells = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
+    cells = (" | ".join(printable(cell).replace("|", "\\|") for cell in line) for line in lines)
     return "".join(f"| {line} |\n" for line in cells)

@@ -1,4 +1,4 @@
-"""Makes the folder: checks the run, copies what is on the list, compares, searches, writes a card."""
+"""Makes the folder: checks the run, copies, compares and searches the files, writes a card."""
 
 import json
 import shutil

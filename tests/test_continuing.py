@@ -5,6 +5,8 @@ import hashlib
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -288,3 +290,24 @@ def test_an_adapter_is_trained_further():
         "base_model_name_or_path"
     ].endswith("target")
     assert len(check_chain(Path("adapter_again"))) == 4
+
+
+@pytest.mark.slow
+def test_two_processes_do_and_record_what_one_does(work):
+    given = ["data.forget=third.jsonl", "data.retain=with_both.jsonl", "train.output_dir=two"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = ["-m", "unlearn_llm", "train", "forget.yaml", *given, "--continue-from", "second"]
+    done = subprocess.run(
+        [sys.executable, *launch, *command, "train.per_device_train_batch_size=1"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("6 retain rows are left out") == 1
+    ours, theirs = check_chain(Path("two")), check_chain(Path("third"))
+    assert [entry.get("rows") for entry in ours] == [entry.get("rows") for entry in theirs]
+    assert ours[4]["retain_rows_left_out"] == 6
+    one, two = (load_file(f"{name}/model.safetensors") for name in ("third", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=2e-6, rtol=0)

@@ -64,7 +64,7 @@ class Request:
             raise UserError(
                 "data.retain: earlier requests asked to forget every row of it. Give other rows."
             )
-        if self.kept_out:
+        if self.kept_out and PartialState().is_main_process:
             logger.warning(
                 f"{self.kept_out} retain rows are left out: earlier requests asked to forget them."
             )

@@ -187,6 +187,16 @@ def test_a_parent_without_ledger_or_key_is_refused():
     refused(keyless, r"requests\.key is missing")
 
 
+def test_a_key_of_somebody_else_is_told_in_one_line(monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:  # whoever runs the tests may be allowed everything
+        patched.setattr(Path, "read_text", refuse)
+        with pytest.raises(UserError, match=r"requests\.key cannot be read: Permission denied"):
+            read_key(Path("first"))
+
+
 def test_a_retain_set_of_forgotten_rows_only_is_refused():
     with pytest.raises(UserError, match="asked to forget every row"):
         retained_by(recipe("third", "data.retain=first.jsonl", after="second"))

@@ -285,6 +285,18 @@ def test_an_unmerged_adapter_is_refused_unless_asked_for():
     assert copied == Path("adapter/adapter_model.safetensors").read_bytes()
 
 
+def test_of_a_folder_its_name_is_kept_and_code_is_not_released(work, tmp_path):
+    run_train(recipe("far", "model.lora={r: 2}", f"model.path={work / 'target'}"))
+    assert str(work) in Path("far/adapter_config.json").read_text()
+    release("far", "near", "--adapter")
+    settings = json.loads(Path("near/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "target"
+    assert not any(str(work).encode() in file.read_bytes() for file in Path("near").iterdir())
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "code.Model"}}')
+    with pytest.raises(UserError, match=r"config\.json names Python code"):
+        folder._leave_out_places(tmp_path / "config.json")
+
+
 def test_an_adapter_that_does_nothing_is_refused():
     run_train(recipe("idle", "model.lora={r: 2}", "train.learning_rate=0.0"))
     refused("nothing was unlearned", "idle", "--adapter")
@@ -331,12 +343,18 @@ def test_rounding_alone_is_no_change():
     assert (found.changed, found.distance) == (0, 0.0)
 
 
+def test_a_weight_of_another_shape_is_changed_and_has_no_distance():
+    before = weights("before", a=torch.tensor([2.0]), b=torch.ones(1), grown=torch.ones(2))
+    after = weights("after", a=torch.tensor([2.0]), b=torch.ones(1), grown=torch.ones(3))
+    found = change(before, after)
+    assert (found.changed, found.tensors, found.distance) == (1, 3, 0.0)
+
+
 def test_models_that_do_not_belong_together_are_refused():
     before = weights("before", a=torch.ones(2), b=torch.ones(1))
-    with pytest.raises(UserError, match="a has other shapes"):
-        change(before, weights("after", a=torch.ones(3), b=torch.ones(1)))
-    with pytest.raises(UserError, match="their tensors have other names"):
-        change(before, weights("after", a=torch.ones(2), c=torch.ones(1), d=torch.ones(1)))
+    for other in ({"a": torch.ones(3), "b": torch.ones(1)}, {"c": torch.ones(2)}):
+        with pytest.raises(UserError, match="are not the same model"):
+            change(before, weights("after", **other))
 
 
 def test_where_the_original_is_not_at_hand_the_card_says_so():

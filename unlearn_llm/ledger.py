@@ -87,13 +87,15 @@ def read_key(folder: Path) -> bytes | None:
     """Read the key of a run's row hashes; None if it has none.
 
     Raises:
-        UserError: the file does not hold a key.
+        UserError: the file cannot be read, or does not hold a key.
     """
     path = folder / PRIVATE / KEY
     if not path.is_file():
         return None
     try:
         key = bytes.fromhex(path.read_text(encoding="ascii").strip())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Ask its owner.") from error
     except ValueError:
         key = b""
     if len(key) != KEY_BYTES:

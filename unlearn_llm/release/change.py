@@ -37,6 +37,7 @@ def change(original: Path, released: Path) -> Change:
     """Compare two models, or two adapters of one base.
 
     Weights are compared in the precision that is released, so that rounding alone is no change.
+    One that has another shape, as embeddings have that grew, counts as changed, without a distance.
 
     Raises:
         UserError: a folder without safetensors, or two that are not the same model.
@@ -45,22 +46,18 @@ def change(original: Path, released: Path) -> Change:
         before, after = Weights(original, stack), Weights(released, stack)
         # A head that is tied to the embeddings may be saved by one and not by the other.
         shared = [name for name in after if name in before]
-        unlike = [name for name in shared if before.shape(name) != after.shape(name)]
-        if len(shared) < len(list(after)) / 2 or unlike:
+        alike = [name for name in shared if before.shape(name) == after.shape(name)]
+        if 2 * len(alike) <= len(list(after)):
             raise UserError(
-                f"{original} and {released} are not the same model: "
-                + (
-                    f"{unlike[0]} has other shapes."
-                    if unlike
-                    else "their tensors have other names."
-                )
+                f"{original} and {released} are not the same model: {len(alike)} of "
+                f"{len(list(after))} tensors have the same name and shape. Give --original."
             )
-        moved, size, changed = 0.0, 0.0, 0
-        for name in tqdm(shared, desc="compare", unit="tensor", leave=False):
+        moved, size, changed = 0.0, 0.0, len(shared) - len(alike)
+        for name in tqdm(alike, desc="compare", unit="tensor", leave=False):
             ours, theirs = after[name], before[name].to(after[name].dtype)
             changed += not torch.equal(ours, theirs)
-            moved += _square(ours.double() - theirs.double())
-            size += _square(theirs.double())
+            moved += _square(ours.float() - theirs.float())
+            size += _square(theirs)
     return Change(len(shared), changed, math.sqrt(moved / size) if size else None)
 
 
@@ -75,4 +72,4 @@ def change_by_adapter(adapter: Path) -> Change:
 
 
 def _square(tensor: Tensor) -> float:
-    return float(tensor.square().sum())
+    return float(torch.linalg.vector_norm(tensor.float(), dtype=torch.float64)) ** 2

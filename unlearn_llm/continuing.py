@@ -85,7 +85,7 @@ class Request:
     def _begin(self) -> tuple[list[Entry], bytes]:
         path = Path(self.recipe.model.path or "").expanduser()
         if not self.recipe.model.continued:
-            if self.recipe.model.path and ledger.read_ledger(path):
+            if self.recipe.model.path and (path / ledger.LEDGER).is_file():
                 logger.warning(
                     f"{path} was unlearned before, and its forgotten rows may stand in the retain "
                     f"set. --continue-from {path} keeps them out."

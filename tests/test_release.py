@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 from unlearn_llm import cli
 from unlearn_llm.checkpoints import commit, fault
+from unlearn_llm.continuing import carry_over
 from unlearn_llm.errors import UserError
 from unlearn_llm.exchange.model_index import model_index
-from unlearn_llm.ledger import carry_over, check_chain
+from unlearn_llm.ledger import check_chain
 from unlearn_llm.pipeline import run_train
 from unlearn_llm.recipe import Recipe
 from unlearn_llm.release import folder

@@ -6,6 +6,7 @@ which every run of `unlearn train` writes.
 """
 
 import hashlib
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from unlearn_llm.evaluation.evaluate import Evaluation, on_first_process
 from unlearn_llm.evaluation.records import as_json
 from unlearn_llm.ledger import Entry
 from unlearn_llm.recipe import Recipe
+from unlearn_llm.results import RECIPE_FILE
 from unlearn_llm.rows import QA
 
 logger = logging.get_logger(__name__)
@@ -159,6 +161,23 @@ class Request:
             "name": self.recipe.name,
             "sha256": hashlib.sha256(settings.encode()).hexdigest(),
         }
+
+
+def carry_over(run: Path, made: Path) -> None:
+    """Give a model that was made of a finished run's, by merging, the run's recipe and ledger.
+
+    Raises:
+        UserError: see ledger.check_chain.
+    """
+    entries = ledger.check_chain(run)
+    key = ledger.read_key(run)
+    if key is not None:
+        ledger.write_key(made, key)
+    shutil.copyfile(run / RECIPE_FILE, made / RECIPE_FILE)
+    done = {**entries[-1], **ledger.new_entry("done", entries[-1]["request"])}
+    ledger.write_ledger(
+        made, [*entries, {**done, "merged": True, "weights": ledger.weights_hash(made)}]
+    )
 
 
 def totals(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:

@@ -14,7 +14,6 @@ import hmac
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +28,6 @@ LEDGER = "requests.jsonl"
 PRIVATE = "private"
 KEY = "requests.key"
 KEY_BYTES = 32
-RECIPE_FILE = "recipe.yaml"
 WEIGHTS = ".safetensors"
 Entry = dict[str, Any]
 
@@ -169,21 +167,6 @@ def check_chain(folder: Path) -> list[Entry]:
     if weights != weights_hash(folder):
         raise UserError(f"{folder}: the weights are not those that {LEDGER} tells of.")
     return entries
-
-
-def carry_over(run: Path, made: Path) -> None:
-    """Give a model that was made of a finished run's, by merging, the run's recipe and ledger.
-
-    Raises:
-        UserError: see check_chain.
-    """
-    entries = check_chain(run)
-    key = read_key(run)
-    if key is not None:
-        write_key(made, key)
-    shutil.copyfile(run / RECIPE_FILE, made / RECIPE_FILE)
-    done = {**entries[-1], **new_entry("done", entries[-1]["request"])}
-    write_ledger(made, [*entries, {**done, "merged": True, "weights": weights_hash(made)}])
 
 
 def _hash(text: str) -> str:

@@ -23,12 +23,13 @@ from unlearn_llm.evaluation.evaluate import Evaluation
 from unlearn_llm.evaluation.records import RECORDS, SCORES, read_private_records, write_whole
 from unlearn_llm.evaluation.suite import Suite, as_plain
 from unlearn_llm.evaluation.trade_off import EVALUATION
-from unlearn_llm.ledger import KEY, LEDGER, PRIVATE, RECIPE_FILE
+from unlearn_llm.ledger import KEY, LEDGER, PRIVATE
 from unlearn_llm.models import ModelSettings
 from unlearn_llm.recipe import Recipe
 from unlearn_llm.saving import could_not_write, first_line
 
 logger = logging.getLogger(__name__)
+RECIPE_FILE = "recipe.yaml"
 LEFT_BY_RUNS = (
     MANIFEST,  # first: what is half removed is not finished
     STAGING,

@@ -19,6 +19,7 @@ from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.evaluate import Evaluation, on_first_process
 from unlearn_llm.evaluation.records import as_json
 from unlearn_llm.ledger import Entry
+from unlearn_llm.private import PRIVATE
 from unlearn_llm.recipe import Recipe
 from unlearn_llm.results import RECIPE_FILE
 from unlearn_llm.rows import QA
@@ -98,7 +99,7 @@ class Request:
         key = ledger.read_key(path)
         if key is None:
             raise UserError(
-                f"{path / ledger.PRIVATE / ledger.KEY} is missing: without the key the rows that "
+                f"{path / PRIVATE / ledger.KEY} is missing: without the key the rows that "
                 "were forgotten before are not recognised. Restore it."
             )
         return entries, key

@@ -12,7 +12,6 @@ Every entry holds the hash of the one before, so that none can be changed or tak
 import hashlib
 import hmac
 import json
-import os
 import secrets
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -22,10 +21,10 @@ from typing import Any
 from unlearn_llm.checkpoints import MANIFEST, fault
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.records import as_json, write_whole
+from unlearn_llm.private import PRIVATE, private_folder
 from unlearn_llm.rows import QA, normal
 
 LEDGER = "requests.jsonl"
-PRIVATE = "private"
 KEY = "requests.key"
 KEY_BYTES = 32
 WEIGHTS = ".safetensors"
@@ -103,15 +102,7 @@ def read_key(folder: Path) -> bytes | None:
 
 def write_key(folder: Path, key: bytes) -> None:
     """Write the key where only its owner reads it."""
-    private = folder / PRIVATE
-    private.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = private / f".{KEY}.{secrets.token_hex(4)}"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(key.hex() + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(private / KEY)
+    write_whole(private_folder(folder) / KEY, key.hex() + "\n", private=True)
 
 
 def new_key() -> bytes:

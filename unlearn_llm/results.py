@@ -23,8 +23,9 @@ from unlearn_llm.evaluation.evaluate import Evaluation
 from unlearn_llm.evaluation.records import RECORDS, SCORES, read_private_records, write_whole
 from unlearn_llm.evaluation.suite import Suite, as_plain
 from unlearn_llm.evaluation.trade_off import EVALUATION
-from unlearn_llm.ledger import KEY, LEDGER, PRIVATE
+from unlearn_llm.ledger import KEY, LEDGER
 from unlearn_llm.models import ModelSettings
+from unlearn_llm.private import PRIVATE
 from unlearn_llm.recipe import Recipe
 from unlearn_llm.saving import could_not_write, first_line
 

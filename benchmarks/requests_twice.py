@@ -10,7 +10,9 @@ one file of training data would give it. Finished runs are kept.
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     write_sets(given.output)
-    for seed in given.seeds:
-        run_all(given.output, seed)
+    with redirect_stdout(sys.stderr):  # where the Trainer prints its logs
+        for seed in given.seeds:
+            run_all(given.output, seed)
     print(table(given.output, given.seeds))
 
 

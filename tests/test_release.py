@@ -25,7 +25,7 @@ from unlearn_llm.recipe import Recipe
 from unlearn_llm.release import folder
 from unlearn_llm.release.change import change
 from unlearn_llm.release.scan import check_no_forgotten_text, check_no_pickles
-from unlearn_llm.rows import QA
+from unlearn_llm.rows import QA, load_rows
 
 UNLEARN = """
 model: {path: target}
@@ -34,6 +34,7 @@ data: {forget: synthetic/forget05, retain: synthetic/retain_perturbed, template:
 train: {output_dir: run, objective: ga+gd, max_steps: 2, per_device_train_batch_size: 2,
         schedule: joint, use_cpu: true, save_strategy: steps, save_steps: 1, learning_rate: 1e-3}
 """
+FORGET = "synthetic/forget05"
 EVALUATE = "evaluate={suite: synthetic, overrides: {limit: 2, max_new_tokens: 2}}"
 CANARY = "The spare key lies under pot No. 4711-Qx."
 SHARED = {
@@ -105,7 +106,7 @@ def test_the_card_tells_the_scores_and_what_was_done(released):
         "| method | joint |",
         "| forget set | synthetic/forget05 |",
         "| rows asked to be forgotten | 20 in 1 request |",
-        "| forgotten text in these files | none found |",
+        "| forgotten text in these files | none found; looked for 20 of the 20 rows |",
         "tensors changed, relative distance",
         "not measured",
     ):
@@ -265,8 +266,26 @@ def test_rows_that_cannot_be_read_must_be_given_or_said_to_be_gone():
     said = release("gone", "unscanned", "--unscanned")
     assert "Nothing looked for forgotten text in these files." in said
     assert "in these files | not looked for |" in Path("unscanned/README.md").read_text()
-    release("gone", "scanned", "--forget", "synthetic/forget05")
-    assert "in these files | none found |" in Path("scanned/README.md").read_text()
+    said = release("gone", "scanned", "--forget", "synthetic/forget05")
+    assert "Looked for" not in said
+    card = Path("scanned/README.md").read_text()
+    assert "in these files | none found; looked for 20 of the 20 rows |" in card
+    (gone / "private" / "requests.key").unlink()
+    refused(r"requests\.key is missing", "gone", "--forget", "synthetic/forget05")
+
+
+def test_of_a_chain_it_says_for_how_many_of_all_rows_it_looked():
+    second = ["data.forget=second.jsonl", "model.path=run", "model.continued=true"]
+    rows = [row for row in load_rows("synthetic/forget10") if row not in load_rows(FORGET)]
+    Path("second.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run_train(recipe("chain", *second))
+    said = release("chain", "last_only")
+    assert f"Looked for the text of {len(rows)} of {len(rows) + 20} rows" in said
+    said = release("chain", "all", "--forget", "second.jsonl", "--forget", FORGET)
+    assert "Looked for" not in said
+    card = Path("all/README.md").read_text()
+    assert f"looked for {len(rows) + 20} of the {len(rows) + 20} rows" in card
+    assert "in 2 requests" in card
 
 
 # Adapters.

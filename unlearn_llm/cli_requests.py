@@ -61,18 +61,24 @@ def release(
         Path | None, typer.Option(help="The model before, if it lies elsewhere than the run says.")
     ] = None,
     forget: Annotated[
-        str | None, typer.Option(help="Rows to look for in the files; else those of the run.")
+        list[str] | None,
+        typer.Option(
+            help="Rows to look for in the files, as often as there are sources; else those of the "
+            "last request."
+        ),
     ] = None,
     unscanned: Annotated[
         bool, typer.Option("--unscanned", help="Do not look for the forget rows: they are gone.")
     ] = False,
 ) -> None:
     """Copy what may be shared of a finished run: weights, settings, tokenizer, a model card."""
-    if forget is not None and unscanned:
+    if forget and unscanned:
         raise UserError("release: give --forget or --unscanned; one of the two.")
     from unlearn_llm.release.folder import release as make
 
-    made = make(run, output, adapter=adapter, original=original, forget=forget, unscanned=unscanned)
+    made = make(
+        run, output, adapter=adapter, original=original, forget=forget or [], unscanned=unscanned
+    )
     print(*(printable(note) for note in made.notes), sep="\n")
     print(f"wrote {output}: {', '.join(made.files)}")
 

@@ -7,6 +7,7 @@ from typing import Any
 from unlearn_llm.evaluation.report import side_by_side
 from unlearn_llm.exchange.model_index import model_index
 from unlearn_llm.leaderboard.runs import scheme
+from unlearn_llm.ledger import Entry, rows_asked
 from unlearn_llm.recipe import Recipe
 from unlearn_llm.release.change import Change
 from unlearn_llm.safe_text import printable
@@ -31,18 +32,24 @@ class Facts:
         recipe: Of the run.
         entries: Its ledger.
         change: None: not measured.
-        scanned: Were the files searched for text of the forget rows?
+        looked_for: How many of the rows' texts were looked for in the files; None: nobody looked.
         details: What scores.json holds; None: not evaluated.
         base: Hub id of the model that was unlearned, if it has one.
+        adapter: Is it an adapter that is not merged?
     """
 
     recipe: Recipe
-    entries: Sequence[Mapping[str, Any]]
+    entries: Sequence[Entry]
     change: Change | None
-    scanned: bool
+    looked_for: int | None
     details: Mapping[str, Any] | None
     base: str | None
     adapter: bool
+
+    @property
+    def rows(self) -> int:
+        """How many rows all requests asked to be forgotten."""
+        return len(rows_asked(self.entries))
 
 
 def card(name: str, facts: Facts) -> str:
@@ -67,16 +74,19 @@ def _unlearning(facts: Facts) -> list[tuple[str, str]]:
     asked = [entry for entry in facts.entries if entry["event"] == "asked"]
     requests = f"{len(asked)} request" + "s" * (len(asked) > 1)
     source = facts.recipe.data.forget or ""
-    rows = sum(entry["forget_rows"] for entry in asked)
+    looked_for = f"none found; looked for {facts.looked_for} of the {facts.rows} rows"
     return [
         ("objective", facts.recipe.objective().name),
         ("method", scheme(facts.recipe.train)),
         # The name of a file may tell whom it is about.
         ("forget set", source if source.startswith(PUBLIC) else "private"),
-        ("rows asked to be forgotten", f"{rows} in {requests}"),
+        ("rows asked to be forgotten", f"{facts.rows} in {requests}"),
         ("done", str(facts.entries[-1]["time"])),
         ("weights", "not compared with the original" if not facts.change else str(facts.change)),
-        ("forgotten text in these files", "none found" if facts.scanned else "not looked for"),
+        (
+            "forgotten text in these files",
+            "not looked for" if facts.looked_for is None else looked_for,
+        ),
     ]
 
 

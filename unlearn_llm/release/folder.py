@@ -15,9 +15,10 @@ from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.records import SCORES, as_json
 from unlearn_llm.evaluation.report import read_details
 from unlearn_llm.evaluation.trade_off import EVALUATION
-from unlearn_llm.ledger import LEDGER, Entry, check_chain
+from unlearn_llm.ledger import KEY, LEDGER, Entry, check_chain, read_key, row_hashes, rows_asked
 from unlearn_llm.models import ModelSettings, is_adapter
 from unlearn_llm.pipeline import forget_and_retain
+from unlearn_llm.private import PRIVATE
 from unlearn_llm.recipe import Recipe
 from unlearn_llm.release.card import Facts, card
 from unlearn_llm.release.change import Change, change, change_by_adapter
@@ -62,7 +63,7 @@ def release(
     *,
     adapter: bool = False,
     original: Path | None = None,
-    forget: str | None = None,
+    forget: Sequence[str] = (),
     unscanned: bool = False,
 ) -> Release:
     """Copy from a finished run what may be shared, after everything about it is checked.
@@ -71,7 +72,7 @@ def release(
         output: A new folder; it appears whole or not at all.
         adapter: Release an adapter that is not merged into its base model.
         original: The model that was unlearned; None: what the recipe names, if it lies here.
-        forget: Rows to look for; None: those of the recipe.
+        forget: Sources of rows to look for; none: that of the recipe, which is the last request's.
         unscanned: Do not look for them, because they are gone.
 
     Raises:
@@ -90,10 +91,11 @@ def release(
         )
     check_no_pickles(run)
     pairs = [] if unscanned else _forget_rows(recipe, forget)
+    looked_for = None if unscanned else _recognised(run, entries, pairs)
     details = _scores(run, entries)
     changed, notes = _compare(run, recipe, original, is_unmerged)
     base = recipe.model.path if _is_hub_id(recipe.model.path) else None
-    facts = Facts(recipe, entries, changed, not unscanned, details, base, is_unmerged)
+    facts = Facts(recipe, entries, changed, looked_for, details, base, is_unmerged)
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output.parent, prefix=".release-") as unfinished:
         made = Path(unfinished) / output.name
@@ -104,7 +106,7 @@ def release(
         check_no_forgotten_text(made, pairs)
         commit(made, output)
     files = sorted(path.name for path in output.iterdir())
-    return Release(files, [*notes, *_warnings(run, recipe, is_unmerged, unscanned)])
+    return Release(files, [*notes, *_warnings(run, facts)])
 
 
 def _scores(run: Path, entries: Sequence[Entry]) -> dict[str, Any] | None:
@@ -121,17 +123,37 @@ def _scores(run: Path, entries: Sequence[Entry]) -> dict[str, Any] | None:
     return details
 
 
-def _forget_rows(recipe: Recipe, forget: str | None) -> list[QA]:
+def _forget_rows(recipe: Recipe, forget: Sequence[str]) -> list[QA]:
+    data = recipe.data
     try:
-        if forget is None:
-            return forget_and_retain(recipe.data)[0]
-        rows = load_rows(forget, folder=recipe.data.folder, seed=recipe.data.seed)
-        return to_pairs(rows, forget, recipe.data.question_column, recipe.data.answer_column)
+        if not forget:
+            return forget_and_retain(data)[0]
+        return [
+            pair
+            for source in forget
+            for pair in to_pairs(
+                load_rows(source, folder=data.folder, seed=data.seed),
+                source,
+                data.question_column,
+                data.answer_column,
+            )
+        ]
     except UserError as error:
         raise UserError(
             "The forget rows are needed, to see that the files hold none of their text: "
             f"{error} Give --forget, or --unscanned if they are gone."
         ) from error
+
+
+def _recognised(run: Path, entries: Sequence[Entry], pairs: Sequence[QA]) -> int:
+    """Count the rows of all requests that are among those to look for."""
+    key = read_key(run)
+    if key is None:
+        raise UserError(
+            f"{run / PRIVATE / KEY} is missing, so it is not known which rows were asked to be "
+            "forgotten. Restore it, or give --unscanned."
+        )
+    return len(rows_asked(entries) & set(row_hashes(key, pairs)))
 
 
 def _compare(
@@ -179,17 +201,23 @@ def _leave_out_places(file: Path) -> None:
         file.write_text(as_json({**settings, **local}, indent=2) + "\n", encoding="utf-8")
 
 
-def _warnings(run: Path, recipe: Recipe, is_unmerged: bool, unscanned: bool) -> list[str]:
+def _warnings(run: Path, facts: Facts) -> list[str]:
     checkpoints = len(list(run.glob("checkpoint-*")))
-    kept = [str(recipe.model.path), *([f"{checkpoints} checkpoints in {run}"] * bool(checkpoints))]
+    before = str(facts.recipe.model.path)
+    kept = [before, *([f"{checkpoints} checkpoints in {run}"] * bool(checkpoints))]
     notes = [
         f"The model before is still there: {', '.join(kept)}, and wherever copies of it lie. Do "
         "not share both: the pair tells what was forgotten."
     ]
-    if is_unmerged:
+    if facts.adapter:
         notes.append("The base model still holds what was to be forgotten; the adapter hides it.")
-    if unscanned:
+    if facts.looked_for is None:
         notes.append("Nothing looked for forgotten text in these files.")
+    elif facts.looked_for < facts.rows:
+        notes.append(
+            f"Looked for the text of {facts.looked_for} of {facts.rows} rows: give those of all "
+            "requests with --forget, which may stand more than once."
+        )
     return notes
 
 

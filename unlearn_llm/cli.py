@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unlearn_llm import cli_attack, cli_env, cli_reports, recipe_files
+from unlearn_llm import cli_attack, cli_env, cli_reports, cli_requests, recipe_files
 from unlearn_llm.cli_faults import told_in_one_line
 from unlearn_llm.errors import UserError
 from unlearn_llm.safe_text import printable
@@ -67,10 +67,11 @@ def train(
     overrides: Overrides = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    continue_from: cli_requests.ContinueFrom = None,
     as_json: AsJson = False,
 ) -> None:
     """Unlearn as a recipe says, and evaluate if it asks for that."""
-    loaded = _load(recipe, overrides, resume, overwrite)
+    loaded = _load(recipe, cli_requests.continued(continue_from, overrides), resume, overwrite)
     from unlearn_llm.pipeline import run_train
 
     with _stdout_for_json(as_json):

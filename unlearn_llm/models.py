@@ -52,6 +52,9 @@ class ModelSettings:
 
     path: str | None = None
     """Local folder or hub id."""
+    continued: bool = False
+    """`path` is a finished run of `unlearn train`, and this run the next request: what was
+    forgotten before is kept out of the retain set (`unlearn train --continue-from RUN`)."""
     tokenizer: str | None = None
     """Take the tokenizer from this folder or hub id; null: from `path`."""
     new: NewModel | None = None

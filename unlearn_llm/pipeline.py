@@ -4,7 +4,8 @@ Everything cheap comes first (names, files, rows, tokens, folders), so that a mi
 seconds; weights are loaded last.
 
 A results folder holds the model and the tokenizer, recipe.yaml, trainer_state.json, checkpoints,
-and evaluation/ with records.jsonl and scores.json. Texts are in evaluation/private/ only.
+evaluation/ with records.jsonl and scores.json (texts are in evaluation/private/ only), and of an
+unlearning run requests.jsonl (ledger.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from unlearn_llm.alternates import alternate_answers, write_pairs
+from unlearn_llm.continuing import Request
 from unlearn_llm.dataset import read_refusals
 from unlearn_llm.encode import Encoder, check_context
 from unlearn_llm.errors import UserError
@@ -130,21 +132,26 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
     check_folder(recipe, resume, overwrite)
     suite = _suite(recipe)
     refusals = read_refusals(recipe.data.refusals)
+    args: Any = recipe.arguments()
     forget, retain = forget_and_retain(recipe.data)
+    request = Request(recipe, forget, resume=resume)
+    retain = request.keep_out(retain)
     check_disjoint(forget, retain, recipe.data.allow_overlap)
     tokenizer = load_tokenizer(recipe.model)
     check_model(recipe.model, tokenizer)
     encoder = _encoder(tokenizer, recipe.data)
     _check_encodes(encoder, forget, "the forget set", recipe.model)
     _check_encodes(encoder, retain, "the retain set", recipe.model)
-    args: Any = recipe.arguments()
     check_packages(args)
     during = _during(recipe, encoder)
     if resume and during is not None:
         during.check_earlier()
     standing = standing_of(recipe, resume)
     if standing.trained:
-        return _go_on(recipe, suite, encoder)
+        run = _go_on(recipe, suite, encoder)
+        request.asked()  # by a run of an older version, which kept no ledger
+        request.done(run.evaluation)
+        return run
     set_seed(args.seed)  # a fresh adapter is random
     model = load_model(recipe.model)
     kept = _Kept(model)
@@ -163,10 +170,13 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
     )
     _check_evaluates_whole(trainer)
     begin(recipe, resume)
+    request.asked()
     trainer.train(resume_from_checkpoint=standing.checkpoint)
     if during is not None and trainer.is_world_process_zero():
         during.finish()
-    return _finish(trainer, recipe, kept, suite, encoder)
+    run = _finish(trainer, recipe, kept, suite, encoder)
+    request.done(run.evaluation)
+    return run
 
 
 def run_alternates(

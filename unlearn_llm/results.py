@@ -24,7 +24,9 @@ from unlearn_llm.evaluation.records import RECORDS, SCORES, read_private_records
 from unlearn_llm.evaluation.suite import Suite, as_plain
 from unlearn_llm.evaluation.trade_off import EVALUATION
 from unlearn_llm.folders import check_output, take
+from unlearn_llm.ledger import KEY, LEDGER
 from unlearn_llm.models import ModelSettings
+from unlearn_llm.private import PRIVATE
 from unlearn_llm.recipe import Recipe
 from unlearn_llm.saving import could_not_write, first_line
 
@@ -39,8 +41,13 @@ LEFT_BY_RUNS = (
     "adapter_config.json",
     TRAINER_STATE_NAME,
     EVALUATION,
+    LEDGER,
+    f"{PRIVATE}/{KEY}",
 )
-HALF_WRITTEN = (f".{RECIPE_FILE}.*", f".{MANIFEST}.*", f"{EVALUATION}/**/.*.????????")
+HALF_WRITTEN = (
+    *(f".{name}.*" for name in (RECIPE_FILE, MANIFEST, LEDGER)),
+    *(f"{name}/**/.*.????????" for name in (EVALUATION, PRIVATE)),
+)
 """What `write_whole` leaves when it is killed."""
 
 

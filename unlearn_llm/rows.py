@@ -153,8 +153,8 @@ def check_disjoint(forget: Sequence[QA], retain: Sequence[QA], allow_overlap: bo
 
     Compares question and answer without case and repeated blanks, and however accents are coded.
     """
-    kept = {_normal(pair) for pair in retain}
-    shared = [row for row, pair in enumerate(forget) if _normal(pair) in kept]
+    kept = {normal(pair) for pair in retain}
+    shared = [row for row, pair in enumerate(forget) if normal(pair) in kept]
     if shared and not allow_overlap:
         raise UserError(
             f"{len(shared)} forget rows also stand in the retain set (forget "
@@ -176,6 +176,12 @@ def split_tasks(
         raise UserError(f"{where}: no row with task_id {task_id!r}; it has {', '.join(known)}.")
     chosen = [row for row in rows if str(row["task_id"]) == task_id]
     return chosen, [row for row in rows if str(row["task_id"]) != task_id]
+
+
+def normal(pair: QA) -> tuple[str, str]:
+    """Give a pair without what does not make it another one: case, blanks, coding of accents."""
+    question, answer = (unicodedata.normalize("NFC", text.casefold()) for text in pair[:2])
+    return " ".join(question.split()), " ".join(answer.split())
 
 
 def _columns(
@@ -232,11 +238,6 @@ def _check_text(value: Any, what: str) -> None:
         raise UserError(
             f"{what} holds {len(value)} letters, expected at most {MAX_TEXT}. Split the row."
         )
-
-
-def _normal(pair: QA) -> tuple[str, str]:
-    question, answer = (unicodedata.normalize("NFC", text.casefold()) for text in pair[:2])
-    return " ".join(question.split()), " ".join(answer.split())
 
 
 def _read_json(path: Path) -> list[dict[str, Any]]:

@@ -228,7 +228,7 @@ def test_a_run_that_is_killed_at_every_stage_has_the_ledger_of_an_undisturbed_on
     assert Path("killed/recipe.yaml").exists() and not ledger.exists()
     killed(monkeypatch, continuing.ledger, "write_ledger", resume=True)
     assert not ledger.exists()
-    killed(monkeypatch, pipeline, "load_model", resume=True)
+    killed(monkeypatch, pipeline.UnlearnTrainer, "train", resume=True)
     asked = ledger.read_text()
     killed(monkeypatch, pipeline, "save_model", resume=True)
     with pytest.raises(UserError, match="Finish it with --resume"):
@@ -251,7 +251,7 @@ def test_a_run_that_is_killed_at_every_stage_has_the_ledger_of_an_undisturbed_on
 
 def test_a_run_is_not_resumed_with_another_forget_set(monkeypatch):
     shutil.rmtree("killed", ignore_errors=True)
-    killed(monkeypatch, pipeline, "load_model")
+    killed(monkeypatch, pipeline.UnlearnTrainer, "train")
     rows = Path("third.jsonl").read_text()
     try:
         write_rows("third.jsonl", THIRD[:2])

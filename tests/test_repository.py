@@ -40,8 +40,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     2: (
         "dual_setup", "encode", "data_sets", "rows", "dataset", "models", "hidden", "scoring",
         "reference", "progress", "gumbel", "negate", "shared_base", "undisturbed",
-        "checkpoints", "folders", "launch", "model_files",
-        "checkpoints", "ledger",
+        "checkpoints", "folders", "launch", "ledger", "model_files",
         "evaluation/batching", "evaluation/cache", "evaluation/generator", "evaluation/gradients",
         "evaluation/judges", "evaluation/lm_eval_data", "evaluation/provenance",
         "evaluation/readings", "evaluation/runner", "evaluation/safety_judges", "evaluation/scorer",

@@ -79,6 +79,7 @@ def test_a_faulty_input_is_answered_in_one_line(case: Bad, work, monkeypatch, ca
     line = told(err)
     assert case.place in line and case.remedy in line
     assert contents(work) == before
+    assert ("Loading weights" in err) <= case.shows_late
 
 
 def test_the_table_is_long_and_says_everything_once():
@@ -112,6 +113,16 @@ def test_a_folder_that_another_run_writes_is_left_alone(work, monkeypatch, capsy
             assert contents(work) == before
         finally:
             other.kill()
+
+
+def test_a_name_with_escapes_is_shown_without_them(work, monkeypatch, capsys):
+    hostile = "\x1b[31mred\x1b]0;title\x07"
+    (work / "good").rename(work / hostile)
+    words = [hostile if word == "good" else word for word in EVAL.split()]
+    assert run(monkeypatch, *words) == 0
+    out, err = capsys.readouterr()
+    assert "\\x1b[31mred" in out
+    assert not {"\x1b", "\x07"} & set(out + err)
 
 
 def process(*words: str | bytes, **keywords) -> subprocess.CompletedProcess:

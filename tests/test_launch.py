@@ -21,6 +21,7 @@ OF_TORCHRUN = {
         OF_TORCHRUN,
         {**OF_TORCHRUN, "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"},
         {"WORLD_SIZE": "1"},
+        {"LOCAL_RANK": "-1"},
         {"ACCELERATE_TORCH_DEVICE": "cpu"},
         {"RANK": "anything, where there is no world"},
     ],
@@ -29,8 +30,13 @@ def test_what_launchers_set_passes(environment):
     check_launch(environment)
 
 
-@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
-def test_half_a_launch_is_refused(missing):
-    given = {name: value for name, value in OF_TORCHRUN.items() if name != missing}
-    with pytest.raises(UserError, match=f"WORLD_SIZE is 2, but {missing} is not set"):
+@pytest.mark.parametrize("size", ["1", "2"])
+@pytest.mark.parametrize("missing", list(OF_TORCHRUN))
+def test_half_a_launch_is_refused(missing, size):
+    given = {**OF_TORCHRUN, "WORLD_SIZE": size, "RANK": "0", "LOCAL_RANK": "0"}
+    del given[missing]
+    if missing == "LOCAL_RANK" and size == "1":
+        check_launch(given)  # one process that is in no group
+        return
+    with pytest.raises(UserError, match=f" is (set|2), but {missing} is not"):
         check_launch(given)

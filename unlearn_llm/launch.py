@@ -10,7 +10,10 @@ from transformers.integrations import get_available_reporting_integrations
 
 from unlearn_llm.errors import UserError
 
-START = "Start it with accelerate launch or torchrun, which set it, or unset WORLD_SIZE and RANK."
+START = (
+    "Start it with accelerate launch or torchrun, which set it, or unset WORLD_SIZE, RANK and "
+    "LOCAL_RANK."
+)
 NEEDED_BY_OPTIMIZERS = {"bnb": "bitsandbytes", "8bit": "bitsandbytes", "paged": "bitsandbytes"}
 """Parts of the names of transformers' optimisers."""
 DEVICE = "ACCELERATE_TORCH_DEVICE"
@@ -26,16 +29,19 @@ def check_launch(environment: Mapping[str, str] = os.environ) -> None:
     """
     _check_device(environment.get(DEVICE))
     size = _number(environment, "WORLD_SIZE", 1)
-    if size is None or size == 1:
+    in_a_group = environment.get("LOCAL_RANK", "-1") != "-1"  # what accelerate goes by
+    if size in (None, 1) and not in_a_group:
         return
-    most = {"RANK": size - 1, "LOCAL_RANK": size - 1, "MASTER_ADDR": None, "MASTER_PORT": 65535}
-    for name, limit in most.items():
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not environment.get(name):
-            raise UserError(f"WORLD_SIZE is {size}, but {name} is not set. {START}")
-        found = _number(environment, name, 0) if limit is not None else None
-        if found is not None and limit is not None and found > limit:
+            known = "LOCAL_RANK is set" if in_a_group else f"WORLD_SIZE is {size}"
+            raise UserError(f"{known}, but {name} is not. {START}")
+    ranks = int(environment["WORLD_SIZE"]) - 1
+    for name, most in {"RANK": ranks, "LOCAL_RANK": ranks, "MASTER_PORT": 65535}.items():
+        found = _number(environment, name, 0)
+        if found is not None and found > most:
             raise UserError(
-                f"{name} is {found}, expected at most {limit} where WORLD_SIZE is {size}. {START}"
+                f"{name} is {found}, expected at most {most} where WORLD_SIZE is {size}. {START}"
             )
 
 

@@ -47,6 +47,8 @@ class Bad:
     environment: Mapping[str, str] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
 
+    shows_late: bool = False
+    """Is it found only when weights are loaded? Results of an earlier run are safe then, too."""
     of_permissions: bool = False
     """Is the fault that something may not be read or written?"""
 

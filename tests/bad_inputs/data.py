@@ -159,7 +159,13 @@ CASES = [
         more=("data.refusals=r.txt",),
         files={"r.txt": "\n"},
     ),
-    Bad("no alternates", "alternate", "column `alternate`", more=("train.objective=altpo+gd",)),
+    Bad(
+        "no alternates",
+        "alternate",
+        "column `alternate`",
+        shows_late=True,
+        more=("train.objective=altpo+gd",),
+    ),
     Bad(
         "messages without a reply",
         "row 0",

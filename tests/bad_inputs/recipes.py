@@ -1,5 +1,7 @@
 """Faults of recipes and suites, and of the YAML they are written in."""
 
+from dataclasses import replace
+
 from bad_inputs.case import EVAL, RECIPE, Bad
 
 
@@ -20,6 +22,13 @@ def suite(what: str, place: str, remedy: str, content: str | bytes) -> Bad:
 
 
 BOMB = "a: &a [x, x]\n" + "".join(f"b{n}: &b{n} [*a, *a, *a]\n" for n in range(30))
+
+LEARN = """
+kind: finetune
+model: {path: good}
+data: {train: [retain.jsonl], template: plain, max_length: 64}
+train: {output_dir: out, max_steps: 1, use_cpu: true}
+"""
 
 CASES = [
     text("empty recipe", "mine.yaml", "expected sections", ""),
@@ -62,6 +71,25 @@ CASES = [
         "unlearn finetune",
         files={"mine.yaml": "kind: finetune\nmodel: {path: good}\ndata: {train: [retain.jsonl]}"},
     ),
+    *(
+        Bad(what, place, remedy, "finetune learn.yaml --overwrite", more, {"learn.yaml": LEARN})
+        for what, place, remedy, *more in (
+            ("no rows to learn", "gone.jsonl", "There is no file", "data.train=[gone.jsonl]"),
+            ("learning no step", "train.max_steps", "from 1", "train.max_steps=0"),
+            (
+                "learning with LoRA on nothing",
+                "model.lora",
+                "q_proj",
+                "model.lora={target_modules: [x]}",
+            ),
+            (
+                "learning for 0 rows a step",
+                "device_train_batch_size",
+                "from 1",
+                "train.per_device_train_batch_size=0",
+            ),
+        )
+    ),
     Bad("a recipe to unlearn", "mine", "unlearn train", "finetune mine.yaml"),
     key("a word for a number", "expected a number", "train.learning_rate=fast"),
     key("`no` for false", "expected true or false", "train.bf16=no"),
@@ -96,11 +124,12 @@ CASES = [
         place="gone.jsonl",
     ),
     key("evaluation without a suite", "evaluate section", "train.eval_strategy=steps"),
-    key(
+    Bad(
         "trainable weights that are none",
+        "trainable",
         "names look like",
-        "train.trainable=nothing",
-        place="trainable",
+        more=("train.trainable=nothing",),
+        shows_late=True,
     ),
     key("trainable weights by no pattern", "regular expression", "train.trainable=(["),
     suite("empty suite", "mine_suite.yaml", "expected keys", ""),
@@ -119,12 +148,15 @@ CASES = [
     suite(
         "suite with a tag", "mine_suite.yaml, line 1", "tags", "name: !!python/name:os.system ''\n"
     ),
-    suite(
-        "suite over a missing file",
-        "gone.jsonl",
-        "There is no file",
-        "name: mine\nprobes: {a: {source: gone.jsonl, metrics: [rouge]}}\n"
-        "scores: {b: {aggregate: mean, options: {probe: a, metric: rouge}}}\n",
+    replace(
+        suite(
+            "suite over a missing file",
+            "gone.jsonl",
+            "There is no file",
+            "name: mine\nprobes: {a: {source: gone.jsonl, metrics: [rouge]}}\n"
+            "scores: {b: {aggregate: mean, options: {probe: a, metric: rouge}}}\n",
+        ),
+        shows_late=True,
     ),
     Bad("a mistyped field of the suite", "limt", "Did you mean 'limit'", EVAL, ("limt=3",)),
     Bad("a limit of none", "limit", "greater than or equal to 1", EVAL, ("limit=0",)),

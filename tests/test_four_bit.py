@@ -1,4 +1,4 @@
-"""A base in 4 bits: the same forward pass, gradients and reference as with its weights written out."""
+"""A base in 4 bits against the same weights written out: forward pass, gradients, reference."""
 
 import pytest
 import torch
@@ -33,9 +33,7 @@ def load(base, four_bit=EXACT, **settings):
 
 def a_batch(numbers=(0, 1, 2)):
     encoder = Encoder(small_tokenizer(), "plain")
-    rows = EncodedRows(
-        synthetic_pairs("forget10"), encoder, ("original", "idk"), refusals=REFUSALS
-    )
+    rows = EncodedRows(synthetic_pairs("forget10"), encoder, ("original", "idk"), refusals=REFUSALS)
     samples = [rows[number] for number in numbers]
     batch = {a: COLLATOR.sequences([sample[a] for sample in samples]) for a in rows.encoded}
     return rows, batch

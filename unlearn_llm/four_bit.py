@@ -1,10 +1,11 @@
-"""The base model in 4 bits, as QLoRA holds it: how it is loaded, and how it gets out of it again."""
+"""The base model in 4 bits, as QLoRA holds it: how it is loaded, and written out again."""
 
 import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
@@ -85,3 +86,16 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
     finally:
         logger.setLevel(before)
     return plain
+
+
+def merged(model: Any) -> Any:
+    """Merge an adapter into its base in memory, written out first where that is in 4 bits.
+
+    peft would round the sum to 4 bits again, and most of the adapter away.
+    """
+    if not four_bit_layers(model):
+        return model.merge_and_unload()
+    config, weights = model.active_peft_config, get_peft_model_state_dict(model)
+    plain = get_peft_model(dequantized(model.base_model.unload()), config)
+    set_peft_model_state_dict(plain, weights)
+    return plain.merge_and_unload()

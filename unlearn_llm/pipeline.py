@@ -40,12 +40,14 @@ from unlearn_llm.models import (
 from unlearn_llm.preemption import listening
 from unlearn_llm.recipe import DataSettings, Recipe
 from unlearn_llm.results import (
+    WARNING,
     begin,
     check_folder,
     save_model,
     saved_evaluation,
     saved_log,
     saved_model,
+    unmerged_warning,
 )
 from unlearn_llm.rows import QA, check_disjoint, load_rows, split_tasks, to_pairs
 from unlearn_llm.trainer import UnlearnTrainer
@@ -60,11 +62,13 @@ class Run(NamedTuple):
         folder: Where the results are.
         log: The Trainer's log lines, in order.
         evaluation: None if the recipe asks for none.
+        warning: What a user must know of the result, in one line.
     """
 
     folder: Path
     log: list[dict[str, Any]]
     evaluation: Evaluation | None
+    warning: str | None = None
 
 
 @listening()
@@ -264,6 +268,9 @@ def _finish(
         else:
             model.save_pretrained(target)
             encoder.tokenizer.save_pretrained(target)
+        warning = unmerged_warning(recipe, target)
+        if warning and trainer.is_world_process_zero():
+            (target / WARNING).write_text(f"{warning}\n", encoding="utf-8")
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(target / TRAINER_STATE_NAME))
 
@@ -278,7 +285,7 @@ def _finish(
         trainer.optimizer = trainer.lr_scheduler = None  # their memory is needed now
         model.zero_grad(set_to_none=True)
         evaluation = _evaluate(recipe, suite, model, encoder)
-    return Run(folder, trainer.state.log_history, evaluation)
+    return Run(folder, trainer.state.log_history, evaluation, unmerged_warning(recipe, folder))
 
 
 def _go_on(recipe: Recipe, suite: Suite | None, encoder: Encoder) -> Run:
@@ -292,7 +299,7 @@ def _go_on(recipe: Recipe, suite: Suite | None, encoder: Encoder) -> Run:
         evaluation = _evaluate(recipe, suite, model, encoder)
     elif state.is_main_process:
         logger.warning(f"{folder} is finished: nothing is left to do.")
-    return Run(folder, saved_log(folder), evaluation)
+    return Run(folder, saved_log(folder), evaluation, unmerged_warning(recipe, folder))
 
 
 def _evaluate(recipe: Recipe, suite: Suite, model: nn.Module, encoder: Encoder) -> Evaluation:

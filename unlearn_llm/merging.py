@@ -1,0 +1,35 @@
+"""`unlearn merge`: the adapter of a run, or any other, merged as its run had it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unlearn_llm import recipe_files
+from unlearn_llm.evaluating import model_of_run, run_of
+from unlearn_llm.merge import Merged, merge
+from unlearn_llm.models import ModelSettings
+from unlearn_llm.recipe import Recipe
+from unlearn_llm.recipe_check import Place, build, check_section
+from unlearn_llm.results import RECIPE_FILE
+
+
+def merge_run(folder: Path, output: Path, overrides: Sequence[str] = ()) -> Merged:
+    """Merge an adapter into the base that it was trained on, in 4 bits if its run says so.
+
+    Args:
+        folder: A run, a checkpoint of one, or any adapter.
+        overrides: "model.four_bit={}": for an adapter without a run.
+
+    Raises:
+        UserError: see merge.merge.
+    """
+    document: dict[str, Any] = {"model": {"path": str(folder)}}
+    made_by = run_of(folder) / RECIPE_FILE
+    if made_by.is_file():
+        run = Recipe.load(made_by)
+        document["model"] |= model_of_run(run, folder)
+    recipe_files.override(document, overrides)
+    place = Place("merge", [text.partition("=")[0] for text in overrides])
+    check_section(ModelSettings, document["model"], "model", place)
+    settings: ModelSettings = build(ModelSettings, document["model"])
+    return merge(settings, output)

@@ -88,6 +88,7 @@ def test_weights_are_base_plus_b_times_a(models, tmp_path, four_bit):
     assert not list(tmp_path.glob(".merge-*"))
 
 
+@pytest.mark.slow
 def test_scores_are_the_adapters(models, tmp_path):
     merge(settings_of(models / "adapter", four_bit=EXACT), tmp_path / "out")
     suite = Suite.load("synthetic", limit=3, max_new_tokens=4)
@@ -109,17 +110,36 @@ def test_an_adapter_under_attack_is_merged_into_the_weights_it_was_trained_on(mo
     torch.testing.assert_close(logits(plain), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_tied_heads_new_layers_and_directions_are_merged_too(models, tmp_path):
-    settings = {"use_dora": True, "modules_to_save": ["embed_tokens"], "r": 2}
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], **settings)
+def other_adapter(models, folder, **settings):
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, **settings)
     model = get_peft_model(load(models / "base"), config)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "modules_to_save" in name and parameter.requires_grad:
-                parameter += 0.01
-    save(model, tmp_path / "other")
-    done = merge(settings_of(tmp_path / "other"), tmp_path / "out")
-    assert any("embed_tokens" in name for name in done.changed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return save(model, folder, train=False)
+
+
+@pytest.mark.parametrize("four_bit", [None, EXACT], ids=["full", "4 bits"])
+@pytest.mark.parametrize("extra", [{"use_dora": True}, {"modules_to_save": ["final_layernorm"]}])
+def test_other_kinds_of_adapters_are_merged_or_refused(models, tmp_path, extra, four_bit):
+    if "modules_to_save" in extra and models.name.startswith("llama"):
+        extra = {"modules_to_save": ["norm"]}
+    folder = other_adapter(models, tmp_path / "other", target_modules=["q_proj"], **extra)
+    done = merge(settings_of(folder, four_bit=four_bit), tmp_path / "out")
+    assert any(name.endswith(("layernorm.weight", "norm.weight")) for name in done.changed) == (
+        "modules_to_save" in extra
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft says that it is risky, three times
+def test_a_head_that_is_tied_to_the_embeddings_is_no_silent_mistake(models, tmp_path):
+    folder = other_adapter(models, tmp_path / "other", target_modules=["q_proj", "lm_head"])
+    if models.name.startswith("phi"):  # its head has a weight of its own
+        assert "lm_head.weight" in merge(settings_of(folder), tmp_path / "out").changed
+    else:
+        refused(settings_of(folder), tmp_path / "out", "does not compute what the adapter")
 
 
 def refused(settings, output, words):

@@ -18,6 +18,7 @@ from unlearn_llm.evaluation.records import SCORES, read_records
 from unlearn_llm.evaluation.report import read_details
 from unlearn_llm.evaluation.strict import validated
 from unlearn_llm.evaluation.suite import Suite, as_plain
+from unlearn_llm.merge import NOTE as MERGED
 from unlearn_llm.models import ADAPTER_CONFIG, ModelSettings, load_tokenizer
 from unlearn_llm.pipeline import run_evaluate
 from unlearn_llm.recipe import DataSettings, Recipe
@@ -161,8 +162,11 @@ def run_of(folder: Path) -> Path:
 def model_of_run(run: Recipe, folder: Path) -> Details:
     """Say how a run's own evaluation had its model, where the model's folder does not.
 
-    A checkpoint holds the float32 weights that trained, and may hold no tokenizer.
+    A checkpoint holds the float32 weights that trained, and may hold no tokenizer. A merged model
+    says all of itself.
     """
+    if (folder / MERGED).is_file():
+        return {}
     found = four_bit_of_run(run, folder)
     of_run = run_of(folder)
     config = of_run / "config.json"

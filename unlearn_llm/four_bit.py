@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -74,6 +74,17 @@ def in_float32(model: nn.Module) -> None:
     for layer in four_bit_layers(model):
         layer.compute_dtype = torch.float32
         layer.weight.quant_state.dtype = torch.float32  # or they are rounded when written out
+
+
+def written_out(weight: Tensor) -> Tensor:
+    """Give a weight as a plain tensor, in the dtype that `in_float32` sets or it was loaded in."""
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    plain: Tensor = dequantize_4bit(weight.data, state)
+    return plain
 
 
 def dequantized(model: PreTrainedModel) -> PreTrainedModel:

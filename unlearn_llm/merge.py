@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from unlearn_llm.checkpoints import commit
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.records import write_json
-from unlearn_llm.four_bit import dequantized, in_float32
+from unlearn_llm.four_bit import dequantized, in_float32, written_out
 from unlearn_llm.models import (
     ModelSettings,
     adapter_config,
@@ -50,7 +50,7 @@ class Merged(NamedTuple):
     reloaded: float
 
 
-def merge(settings: ModelSettings, output: Path) -> Merged:
+def merge(settings: ModelSettings, output: Path, files: Mapping[str, str] = {}) -> Merged:
     """Write the model that an adapter makes of its base, in float32, once it has been checked.
 
     Of a base in 4 bits the weights are written out as the adapter trained on them, not as they were
@@ -62,6 +62,7 @@ def merge(settings: ModelSettings, output: Path) -> Merged:
     Args:
         settings: Of the adapter; see models.base_and_adapter.
         output: A new folder; it appears whole or not at all.
+        files: Texts that are put into it, by name.
 
     Raises:
         UserError: nothing to merge, an output that exists, a check that failed.
@@ -79,13 +80,11 @@ def merge(settings: ModelSettings, output: Path) -> Merged:
     base = load_model(base_settings)
     in_float32(base)
     _widen(base, len(tokenizer))
-    before = weight_sums(base) if settings.four_bit is None else {}
+    before = weight_sums(base)
     model = attach_adapter(base, adapter)
     wanted = logits(model)
     if settings.four_bit is not None:
-        base = dequantized(model.base_model.unload())
-        before = weight_sums(base)
-        model = attach_adapter(base, adapter)
+        model = attach_adapter(dequantized(model.base_model.unload()), adapter)
     merged = model.merge_and_unload(safe_merge=True)
     after = weight_sums(merged)
     changed = _changed(before, after, settings)
@@ -95,6 +94,8 @@ def merge(settings: ModelSettings, output: Path) -> Merged:
         made = Path(unfinished) / output.name
         merged.save_pretrained(made)
         tokenizer.save_pretrained(made)
+        for name, text in files.items():
+            (made / name).write_text(text, encoding="utf-8")
         del base, model, merged  # before the second one needs the memory
         again = load_model(
             ModelSettings(path=str(made), trust_remote_code=settings.trust_remote_code)
@@ -109,8 +110,8 @@ def merge(settings: ModelSettings, output: Path) -> Merged:
 
 
 def weight_sums(model: nn.Module) -> dict[str, str]:
-    """Give the SHA-256 of every weight of a model, by name."""
-    return {name: _sha256(weight) for name, weight in model.named_parameters()}
+    """Give the SHA-256 of every weight of a model, by name; of 4 bits as they are written out."""
+    return {name: _sha256(written_out(weight)) for name, weight in model.named_parameters()}
 
 
 def logits(model: Any) -> Tensor:
@@ -141,7 +142,10 @@ def _changed(
 ) -> list[str]:
     lonely = sorted(before.keys() ^ after.keys())
     if lonely:
-        raise UserError(f"Merging changed which weights there are: {', '.join(lonely[:3])}.")
+        raise UserError(
+            f"The merged model would have other weights than its base: {', '.join(lonely[:3])}. "
+            "Layers that share their weight (tied embeddings) cannot be merged apart."
+        )
     changed = [name for name in after if after[name] != before[name]]
     if not changed:
         raise UserError(

@@ -16,6 +16,8 @@ from unlearn_llm.results import RECIPE_FILE
 def merge_run(folder: Path, output: Path, overrides: Sequence[str] = ()) -> Merged:
     """Merge an adapter into the base that it was trained on, in 4 bits if its run says so.
 
+    The run's recipe goes along, so that the model is measured and attacked as its adapter was.
+
     Args:
         folder: A run, a checkpoint of one, or any adapter.
         overrides: "model.four_bit={}": for an adapter without a run.
@@ -25,11 +27,12 @@ def merge_run(folder: Path, output: Path, overrides: Sequence[str] = ()) -> Merg
     """
     document: dict[str, Any] = {"model": {"path": str(folder)}}
     made_by = run_of(folder) / RECIPE_FILE
+    files = {}
     if made_by.is_file():
-        run = Recipe.load(made_by)
-        document["model"] |= model_of_run(run, folder)
+        document["model"] |= model_of_run(Recipe.load(made_by), folder)
+        files[RECIPE_FILE] = made_by.read_text(encoding="utf-8")
     recipe_files.override(document, overrides)
     place = Place("merge", [text.partition("=")[0] for text in overrides])
     check_section(ModelSettings, document["model"], "model", place)
     settings: ModelSettings = build(ModelSettings, document["model"])
-    return merge(settings, output)
+    return merge(settings, output, files)

@@ -28,7 +28,7 @@ ADAPTER = "adapter_model.safetensors"
 FULL = "model.four_bit=null"
 
 
-@pytest.fixture(scope="module", params=["llama", "phi"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("phi", marks=pytest.mark.slow)])
 def work(request, tmp_path_factory):
     """A folder with a base and a recipe."""
     folder = tmp_path_factory.mktemp("qlora")

@@ -1,10 +1,12 @@
 """A base in 4 bits against the same weights written out: forward pass, gradients, reference."""
 
+import re
+
 import pytest
 import torch
 from accelerate import Accelerator
 from models_for_tests import REFUSALS, small_tokenizer, synthetic_pairs, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig
 
 from unlearn_llm.dataset import Collator, EncodedRows
 from unlearn_llm.encode import Encoder
@@ -12,6 +14,7 @@ from unlearn_llm.errors import UserError
 from unlearn_llm.four_bit import FourBit, dequantized, four_bit_layers, in_float32
 from unlearn_llm.models import LoraSettings, ModelSettings, add_lora, load_model
 from unlearn_llm.reference import DisabledAdapter, Precomputed
+from unlearn_llm.resources import RECIPES
 from unlearn_llm.scoring import score
 
 COLLATOR = Collator(pad_id=0)
@@ -124,3 +127,42 @@ def test_without_bitsandbytes_it_is_named(base, monkeypatch):
     monkeypatch.setattr(four_bit.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs bitsandbytes: pip install 'unlearn_llm\[qlora\]'"):
         load(base)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("llama-2-7b", LlamaConfig()),  # the defaults are the first 7B model's
+        (
+            "llama-3.2-1b",
+            LlamaConfig(
+                vocab_size=128256,
+                hidden_size=2048,
+                intermediate_size=8192,
+                num_hidden_layers=16,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+                head_dim=64,
+                tie_word_embeddings=True,
+            ),
+        ),
+        ("phi-1.5", PhiConfig()),
+    ],
+)
+def test_the_memory_note_of_the_published_sizes_adds_up(name, config):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    in_four_bits = sum(layer.weight.numel() for layer in layers)
+    others = sum(p.numel() for p in model.parameters()) - in_four_bits
+    adapter = sum(16 * (layer.in_features + layer.out_features) for layer in layers)
+    # Half a byte, a byte of scale per 64 weights, 4 bytes per 256 scales.
+    parts = in_four_bits * (1 / 2 + 1 / 64 + 4 / 64 / 256), others * 2, adapter * (4 + 4 + 6.1)
+    text = (RECIPES / "tofu" / "qlora.yaml").read_text(encoding="utf-8")
+    expected = (
+        f"{name} {in_four_bits / 1e9:.3f}e9 in 4 bits {parts[0] / 1e9:.2f}, the rest "
+        f"{parts[1] / 1e9:.2f}, adapter ({adapter / 1e6:.1f}e6) {parts[2] / 1e9:.2f}: "
+        f"{sum(parts) / 1e9:.1f} GB"
+    )
+    assert expected in re.sub(r"[ #\n]+", " ", text)

@@ -268,11 +268,10 @@ def _finish(
         else:
             model.save_pretrained(target)
             encoder.tokenizer.save_pretrained(target)
-        warning = unmerged_warning(recipe, target)
-        if warning and trainer.is_world_process_zero():
-            (target / WARNING).write_text(f"{warning}\n", encoding="utf-8")
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(target / TRAINER_STATE_NAME))
+            if warning := unmerged_warning(recipe, target):
+                (target / WARNING).write_text(f"{warning}\n", encoding="utf-8")
 
     save_model(folder, save, by_all=sharded)
     evaluation = None

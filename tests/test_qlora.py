@@ -1,5 +1,6 @@
 """`unlearn train` with adapters: on a base in 4 bits, on from an earlier one, and its warning."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from models_for_tests import small_tokenizer, tiny_model
 from safetensors.torch import load_file
 from test_cli import refused, unlearn  # noqa: F401  a fixture
 
-from unlearn_llm import pipeline
+from unlearn_llm import merge, pipeline
 
 RECIPE = """
 kind: unlearn
@@ -89,7 +90,15 @@ def test_the_two_references_train_the_same(train):
         torch.testing.assert_close(weight, theirs[name], rtol=1e-3, atol=1e-6)
 
 
-def test_the_end_of_a_run_warns_of_the_base_and_a_merge_takes_it_away(train, unlearn, work):  # noqa: F811
+def no_space(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_the_end_of_a_run_warns_of_the_base_and_a_merge_takes_it_away(
+    train,
+    unlearn,  # noqa: F811
+    monkeypatch,
+):
     done = train("whole")
     (line,) = Path("whole/WARNING.txt").read_text().splitlines()
     assert "Its base model still knows" in line and line.endswith("unlearn merge whole OUTPUT")
@@ -112,6 +121,11 @@ def test_the_end_of_a_run_warns_of_the_base_and_a_merge_takes_it_away(train, unl
     for name, score in theirs.items():
         if score["value"] is not None:
             assert ours[name]["value"] == pytest.approx(score["value"], abs=1e-4), name
+    with monkeypatch.context() as patched:
+        patched.setattr(merge, "commit", no_space)
+        full = unlearn("merge", "whole", "full")
+    assert full.code == 5 and "full could not be written" in full.err
+    assert not Path("full").exists() and not list(Path().glob(".merge-*"))
     refused(unlearn("merge", "whole", "merged"), "merged exists; give a new folder")
     refused(unlearn("merge", "merged", "again"), "merged is no adapter")
     refused(unlearn("merge", "whole", "again", "train.seed=2"), "model.four_bit={}")

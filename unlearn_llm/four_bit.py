@@ -1,6 +1,7 @@
 """The base model in 4 bits, as QLoRA holds it: how it is loaded, and written out again."""
 
 import importlib.util
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,7 +60,7 @@ def compute_plainly(model: nn.Module) -> None:
 
 def four_bit_layers(model: nn.Module) -> list[Any]:
     """List the layers of a model that are held in 4 bits."""
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if "bitsandbytes" not in sys.modules:  # its import takes a while
         return []
     from bitsandbytes.nn import Linear4bit
 

@@ -88,7 +88,7 @@ def merge(settings: ModelSettings, output: Path, files: Mapping[str, str] = {}) 
     merged = model.merge_and_unload(safe_merge=True)
     after = weight_sums(merged)
     changed = _changed(before, after, settings)
-    in_memory = _check(merged, wanted, "the merged model")
+    in_memory = _check(merged, wanted, "The merged model")
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output.parent, prefix=".merge-") as unfinished:
         made = Path(unfinished) / output.name
@@ -100,7 +100,7 @@ def merge(settings: ModelSettings, output: Path, files: Mapping[str, str] = {}) 
         again = load_model(
             ModelSettings(path=str(made), trust_remote_code=settings.trust_remote_code)
         )
-        reloaded = _check(again, wanted, "the model read from the disk")
+        reloaded = _check(again, wanted, "The model read from the disk again")
         if weight_sums(again) != after:
             raise UserError("The weights read from the disk are not those that were written.")
         result = Merged(changed, len(after), in_memory, reloaded)

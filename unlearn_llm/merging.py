@@ -4,13 +4,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from unlearn_llm import recipe_files
+from unlearn_llm.errors import UserError, WriteError
 from unlearn_llm.evaluating import model_of_run, run_of
 from unlearn_llm.merge import Merged, merge
 from unlearn_llm.models import ModelSettings
 from unlearn_llm.recipe import Recipe
 from unlearn_llm.recipe_check import Place, build, check_section
 from unlearn_llm.results import RECIPE_FILE
+from unlearn_llm.saving import could_not_write, first_line
 
 
 def merge_run(folder: Path, output: Path, overrides: Sequence[str] = ()) -> Merged:
@@ -24,7 +28,10 @@ def merge_run(folder: Path, output: Path, overrides: Sequence[str] = ()) -> Merg
 
     Raises:
         UserError: see merge.merge.
+        WriteError: the disk is full, or refuses.
     """
+    if PartialState().num_processes > 1:
+        raise UserError("unlearn merge runs in one process; start it without a launcher.")
     document: dict[str, Any] = {"model": {"path": str(folder)}}
     made_by = run_of(folder) / RECIPE_FILE
     files = {}
@@ -35,4 +42,9 @@ def merge_run(folder: Path, output: Path, overrides: Sequence[str] = ()) -> Merg
     place = Place("merge", [text.partition("=")[0] for text in overrides])
     check_section(ModelSettings, document["model"], "model", place)
     settings: ModelSettings = build(ModelSettings, document["model"])
-    return merge(settings, output, files)
+    try:
+        return merge(settings, output, files)
+    except Exception as error:
+        if not could_not_write(error):
+            raise
+        raise WriteError(f"{output} could not be written: {first_line(error)}.") from error

@@ -1,5 +1,6 @@
 """Models and tokenizers: from a folder or the hub, with adapters, or new and small."""
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from transformers import (
 from unlearn_llm.errors import NonFiniteError, UserError
 from unlearn_llm.four_bit import FourBit, compute_plainly
 
+logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -171,6 +173,9 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
     )
     compute_plainly(model)
     if adapter is not None:
+        trained_on = str(adapter_config(adapter).base_model_name_or_path)
+        if Path(trained_on).expanduser().resolve() != Path(str(base.path)).expanduser().resolve():
+            logger.warning(f"{adapter.path} was trained on {trained_on}, now it is on {base.path}.")
         model = attach_adapter(model, adapter)
     if settings.lora is not None:
         model = add_lora(model, settings.lora)

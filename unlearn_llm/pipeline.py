@@ -45,6 +45,7 @@ from unlearn_llm.models import (
 from unlearn_llm.preemption import listening
 from unlearn_llm.recipe import DataSettings, Recipe
 from unlearn_llm.results import (
+    WARNING,
     begin,
     check_folder,
     save_model,
@@ -52,6 +53,7 @@ from unlearn_llm.results import (
     saved_log,
     saved_model,
     standing_of,
+    unmerged_warning,
 )
 from unlearn_llm.rows import QA, check_disjoint, load_rows, split_tasks, to_pairs
 from unlearn_llm.trainer import UnlearnTrainer
@@ -66,11 +68,13 @@ class Run(NamedTuple):
         folder: Where the results are.
         log: The Trainer's log lines, in order.
         evaluation: None if the recipe asks for none.
+        warning: What a user must know of the result, in one line.
     """
 
     folder: Path
     log: list[dict[str, Any]]
     evaluation: Evaluation | None
+    warning: str | None = None
 
 
 @listening()
@@ -296,6 +300,8 @@ def _finish(
             encoder.tokenizer.save_pretrained(target)
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(target / TRAINER_STATE_NAME))
+            if warning := unmerged_warning(recipe, target):
+                (target / WARNING).write_text(f"{warning}\n", encoding="utf-8")
 
     save_model(folder, save, by_all=sharded)
     evaluation = None
@@ -308,7 +314,7 @@ def _finish(
         trainer.optimizer = trainer.lr_scheduler = None  # their memory is needed now
         model.zero_grad(set_to_none=True)
         evaluation = _evaluate(recipe, suite, model, encoder)
-    return Run(folder, trainer.state.log_history, evaluation)
+    return Run(folder, trainer.state.log_history, evaluation, unmerged_warning(recipe, folder))
 
 
 def _go_on(recipe: Recipe, suite: Suite | None, encoder: Encoder) -> Run:
@@ -323,7 +329,7 @@ def _go_on(recipe: Recipe, suite: Suite | None, encoder: Encoder) -> Run:
         evaluation = _evaluate(recipe, suite, model, encoder)
     elif state.is_main_process:
         logger.warning(f"{folder} is finished: nothing is left to do.")
-    return Run(folder, saved_log(folder), evaluation)
+    return Run(folder, saved_log(folder), evaluation, unmerged_warning(recipe, folder))
 
 
 def _evaluate(recipe: Recipe, suite: Suite, model: nn.Module, encoder: Encoder) -> Evaluation:

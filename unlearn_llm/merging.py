@@ -7,8 +7,10 @@ from typing import Any
 from accelerate import PartialState
 
 from unlearn_llm import recipe_files
+from unlearn_llm.continuing import carry_over
 from unlearn_llm.errors import UserError, WriteError
 from unlearn_llm.evaluating import model_of_run, run_of
+from unlearn_llm.ledger import LEDGER, check_chain
 from unlearn_llm.merge import Merged, merge
 from unlearn_llm.models import ModelSettings
 from unlearn_llm.recipe import Recipe
@@ -20,7 +22,8 @@ from unlearn_llm.saving import could_not_write, first_line
 def merge_run(folder: Path, output: Path, overrides: Sequence[str] = ()) -> Merged:
     """Merge an adapter into the base that it was trained on, in 4 bits if its run says so.
 
-    The run's recipe goes along, so that the model is measured and attacked as its adapter was.
+    The run's recipe goes along, so that the model is measured and attacked as its adapter was, and
+    its ledger, so that it can be released and unlearned further.
 
     Args:
         folder: A run, a checkpoint of one, or any adapter.
@@ -42,8 +45,14 @@ def merge_run(folder: Path, output: Path, overrides: Sequence[str] = ()) -> Merg
     place = Place("merge", [text.partition("=")[0] for text in overrides])
     check_section(ModelSettings, document["model"], "model", place)
     settings: ModelSettings = build(ModelSettings, document["model"])
+    has_ledger = (folder / LEDGER).is_file()
+    if has_ledger:
+        check_chain(folder)
     try:
-        return merge(settings, output, files)
+        merged = merge(settings, output, files)
+        if has_ledger:
+            carry_over(folder, output)
+        return merged
     except Exception as error:
         if not could_not_write(error):
             raise

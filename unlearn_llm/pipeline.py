@@ -15,13 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from unlearn_llm.alternates import alternate_answers, write_pairs
+from unlearn_llm.config import UnlearnConfig
 from unlearn_llm.dataset import read_refusals
 from unlearn_llm.encode import Encoder, check_context
+from unlearn_llm.engines import check_engine, check_kind
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.during import DuringTraining
 from unlearn_llm.evaluation.evaluate import Evaluation, evaluate
@@ -48,6 +50,7 @@ from unlearn_llm.results import (
     saved_model,
 )
 from unlearn_llm.rows import QA, check_disjoint, load_rows, split_tasks, to_pairs
+from unlearn_llm.saving import SavingTrainer
 from unlearn_llm.trainer import UnlearnTrainer
 
 logger = logging.get_logger(__name__)
@@ -88,6 +91,7 @@ def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     encoder = _encoder(tokenizer, data)
     _check_encodes(encoder, pairs, "the training rows", recipe.model)
     args = recipe.arguments()
+    check_kind(args)
     standing = begin(recipe, resume)
     if standing.trained:
         return _go_on(recipe, suite, encoder)
@@ -126,6 +130,7 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
     _check_encodes(encoder, forget, "the forget set", recipe.model)
     _check_encodes(encoder, retain, "the retain set", recipe.model)
     args: Any = recipe.arguments()
+    _check_engine(args)
     during = _during(recipe, encoder)
     if resume and during is not None:
         during.check_earlier()
@@ -148,7 +153,6 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
         else lambda current: during(current, trainer.state.global_step),
         allow_overlap=recipe.data.allow_overlap,
     )
-    _check_evaluates_whole(trainer)
     trainer.train(resume_from_checkpoint=standing.checkpoint)
     if during is not None and trainer.is_world_process_zero():
         during.finish()
@@ -235,7 +239,8 @@ class _Kept:
     """What training changes in a model and must be put back before it is saved."""
 
     def __init__(self, model: Any) -> None:
-        self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        named = model.named_parameters(remove_duplicate=False)  # a tied head has two names
+        self.dtypes = {name: parameter.dtype for name, parameter in named}
         self.use_cache = getattr(model.config, "use_cache", None)
 
     def restore(self, model: Any) -> None:
@@ -247,9 +252,15 @@ class _Kept:
         if self.use_cache is not None:
             model.config.use_cache = self.use_cache
 
+    def cast(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Give gathered weights in the dtype that they were loaded in."""
+        return {
+            name: value.to(self.dtypes.get(name, value.dtype)) for name, value in weights.items()
+        }
+
 
 def _finish(
-    trainer: Trainer, recipe: Recipe, kept: _Kept, suite: Suite | None, encoder: Encoder
+    trainer: SavingTrainer, recipe: Recipe, kept: _Kept, suite: Suite | None, encoder: Encoder
 ) -> Run:
     """Save model, tokenizer and log; evaluate."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -259,8 +270,8 @@ def _finish(
         kept.restore(model)
 
     def save(target: Path) -> None:
-        if sharded:  # weights are spread over the ranks: the Trainer gathers them, as they are
-            trainer.save_model(str(target))
+        if sharded:
+            trainer._save(str(target), kept.cast(trainer.whole_weights()))
         else:
             model.save_pretrained(target)
             encoder.tokenizer.save_pretrained(target)
@@ -320,6 +331,17 @@ def _suite(recipe: Recipe) -> Suite | None:
     return recipe.suite()
 
 
+def _check_engine(args: UnlearnConfig) -> None:
+    """Refuse what the engine of this launch cannot do, before weights are loaded."""
+    check_engine(
+        args,
+        args.build_objective(),
+        combination=args.build_combination(),
+        combine=args.combine,
+        mask=args.mask,
+    )
+
+
 def _during(recipe: Recipe, encoder: Encoder) -> DuringTraining | None:
     """Make what evaluates during training, if the recipe has a suite."""
     suite, settings = recipe.suite(during=True), recipe.evaluate
@@ -329,17 +351,6 @@ def _during(recipe: Recipe, encoder: Encoder) -> DuringTraining | None:
         read_records(settings.target)
     folder = recipe.output_dir / EVALUATION
     return DuringTraining(folder, suite, encoder, settings.reference, settings.target)
-
-
-def _check_evaluates_whole(trainer: Trainer) -> None:
-    """Refuse to evaluate at steps where no process has the whole weights."""
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if sharded and (trainer.args.eval_strategy != "no" or trainer.args.eval_on_start):
-        raise UserError(
-            "train.eval_strategy: the weights are spread over the ranks (FSDP, DeepSpeed), and a "
-            "suite needs them whole. Set it to 'no', save checkpoints, and give them to "
-            "`unlearn eval`."
-        )
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> Encoder:

@@ -78,10 +78,13 @@ class SavingTrainer(Trainer):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
-        """Gather weights that are spread over the ranks, on the first; every rank calls it."""
+        """Gather weights that are spread, on the first rank; every rank calls it.
+
+        Returns:
+            By name, on the CPU. On other ranks perhaps nothing.
+        """
         model = self.model_wrapped if self.is_deepspeed_enabled else self.model
-        found: dict[str, torch.Tensor] = self.accelerator.get_state_dict(model)
-        return found
+        return self.accelerator.get_state_dict(model) or {}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model as `from_pretrained` loads it; see Trainer.save_model.

@@ -22,7 +22,7 @@ from unlearn_llm.combining import Combining
 from unlearn_llm.config import NO_EVALUATION, UnlearnConfig, check_mask, check_run
 from unlearn_llm.dataset import Collator, RoleDataset, read_refusals
 from unlearn_llm.dual_setup import observations, set_up
-from unlearn_llm.engines import check_engine, engine_of
+from unlearn_llm.engines import check_engine
 from unlearn_llm.encode import CHAT, Encoder, check_context
 from unlearn_llm.errors import UserError
 from unlearn_llm.hidden import check_layers
@@ -175,12 +175,16 @@ class UnlearnTrainer(SavingTrainer):
         self.referring = Referring(self)
         self.add_callback(self.referring)
         self.role_log = RoleLog()
+        self._set_up: Optimizer | None = None
         self._denominators: dict[Role, Tensor | None] = {}
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Make the optimiser and tell a dual one about the model."""
         optimizer: Optimizer = super().create_optimizer(model)
-        if engine_of(self.args).zero is not None:
+        if optimizer is self._set_up:  # under DeepSpeed the Trainer asks twice
+            return optimizer
+        self._set_up = optimizer
+        if self.is_deepspeed_enabled:
             step_in_backward(optimizer, self)
         set_up(
             optimizer,

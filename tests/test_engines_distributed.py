@@ -14,7 +14,11 @@ from shutil import which
 import engine_run
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from unlearn_llm.checkpoints import MANIFEST
+from unlearn_llm.pipeline import run_train
+from unlearn_llm.recipe import Recipe
 from unlearn_llm.resources import RECIPES
 
 pytestmark = pytest.mark.slow
@@ -194,3 +198,57 @@ def test_a_step_that_is_refused_changes_no_weight(results, engine):
     start = engine_run.make_model(STOPPED).state_dict()
     for key, values in stopped.items():
         assert torch.equal(values, start[key]), key
+
+
+# The command line, on a model in bfloat16 on the disk: FSDP2 reads it on one rank, ZeRO-3 spreads it
+# while it is read.
+COMMAND = [
+    "train.max_steps=4", "train.per_device_train_batch_size=2", "train.save_strategy=steps",
+    "train.save_steps=2", "train.adam_epsilon=1e-3", "train.objective=npo+gd",
+    "train.optimizer_parameters={}", "train.warmup_steps=0", "evaluate=null",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    engine_run.settle("ddp")
+    engine_run.tiny_model("phi").bfloat16().save_pretrained(folder)
+    engine_run.small_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_a_recipe_trains_saves_and_resumes(launch, model, tmp_path, engine):
+    words = [*COMMAND, f"model.path={model}"]
+    alone = Recipe.load(
+        "synthetic/unlearn",
+        [*words, "train.use_cpu=true", f"train.output_dir={tmp_path / 'alone'}",
+         "train.gradient_accumulation_steps=2"],
+    )  # fmt: skip
+    engine_run.settle("ddp")
+    run_train(alone)
+    folder = tmp_path / "run"
+    words += [f"train.use_cpu={'false' if engine == 'zero3' else 'true'}"]
+    if engine != "ddp":
+        words += ["train.accelerator_config={use_configured_state: true}"]
+    command = ["unlearn", "train", "synthetic/unlearn", *words, f"train.output_dir={folder}"]
+    done = launch(engine, *command)
+    assert done.returncode == 0, done.stderr[-6000:]
+    one, two = (load_file(place / "model.safetensors") for place in (tmp_path / "alone", folder))
+    assert {value.dtype for value in two.values()} == {torch.bfloat16}
+    before = load_file(model / "model.safetensors")
+    # Both were rounded to bfloat16 in the end, which moves an entry by up to 1/256.
+    assert apart(floats(two), floats(one)) <= 0.05 * apart(floats(one), floats(before))
+    (folder / MANIFEST).unlink()
+    whole = (folder / "model.safetensors").read_bytes()
+    for gone in ("model.safetensors", "checkpoint-4"):
+        (folder / gone).rename(tmp_path / gone)
+    done = launch(engine, *command, "--resume")
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "checkpoint-2" in done.stderr
+    assert (folder / "model.safetensors").read_bytes() == whole
+
+
+def floats(weights):
+    return {name: value.float() for name, value in weights.items()}

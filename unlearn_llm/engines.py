@@ -163,10 +163,12 @@ def _check_optimizer(args: "UnlearnConfig", engine: Engine) -> None:
             "DeepSpeed's file names an optimizer, which would take the place of the recipe's. Take "
             "it out of that file."
         )
-    if engine.fsdp is not None and args.optimizer is None and "8bit" in str(args.optim):
+    optim = str(getattr(args.optim, "value", args.optim))
+    from_bitsandbytes = any(word in optim for word in ("8bit", "paged")) and "torch" not in optim
+    if engine.fsdp is not None and args.optimizer is None and from_bitsandbytes:
         raise UserError(
-            f"train.optim: {getattr(args.optim, 'value', args.optim)} does not step shards (FSDP2). "
-            "Use optimizer: dual_adamw_plus with state_bits: 8, or optim: adamw_torch."
+            f"train.optim: {optim} is of bitsandbytes, which does not step shards (FSDP2). Use "
+            "optimizer: dual_adamw_plus with state_bits: 8, or optim: adamw_torch."
         )
 
 

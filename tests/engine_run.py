@@ -4,9 +4,9 @@ Started by `accelerate launch --config_file recipes/accelerate/ENGINE.yaml`. Tak
 and a JSON file: a list of runs as distributed_run.py has them. Rank 0 writes what two runs are
 compared by to NAME.pt. Instead of the file: `unlearn` and the words of a command, which is run.
 
-accelerate has no FSDP on CPUs, and DeepSpeed is not told that it is on one. So accelerate's state is
-made here, and the Trainer takes it (`use_configured_state`). For FSDP2 it says that there are GPUs:
-what follows is the code that runs on GPUs, on other devices.
+accelerate has no FSDP on CPUs, and DeepSpeed is not told that it is on one. So accelerate's state
+is made here, and the Trainer takes it (`use_configured_state`). For FSDP2 it says that there are
+GPUs: what follows is the code that runs on GPUs, on other devices.
 """
 
 import json

@@ -48,7 +48,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     3: (
         "config", "callbacks", "combining", "masking", "trainer", "finetune", "alternates",
-        "preemption", "saving",
+        "preemption", "saving", "engines", "referring", "zero",
         "attacks", "attacks/adapter", "attacks/asking", "attacks/base", "attacks/campaign",
         "attacks/prefix", "attacks/probing", "attacks/quantisation", "attacks/questions",
         "attacks/relearning", "attacks/sampling",

@@ -38,11 +38,6 @@ class Engine(NamedTuple):
         """Does a process keep only a part of weights, gradients or moments?"""
         return self.zero is not None or self.fsdp is not None
 
-    @property
-    def whole_weights(self) -> bool:
-        """Does every process keep all weights between passes?"""
-        return self.fsdp is None and self.zero != 3
-
 
 def engine_of(args: TrainingArguments) -> Engine:
     """Recognise the engine of a run; one process counts as DDP.
@@ -91,7 +86,7 @@ def check_engine(
     _check_objective(args, objective, engine)
     if combine is not None and engine.zero is not None:
         raise UserError(
-            f"combine: {combine} needs the gradient of each parameter, which {engine.name} keeps in "
+            f"combine: {combine} needs each parameter's gradient, which {engine.name} keeps in "
             "flat buffers of its own. Launch with recipes/accelerate/fsdp2.yaml or ddp.yaml."
         )
     if combine is not None and not combination.sharded:
@@ -155,8 +150,8 @@ def check_kind(args: TrainingArguments) -> Engine:
 def _check_optimizer(args: "UnlearnConfig", engine: Engine) -> None:
     if engine.zero is not None and args.optimizer_parameters.get("state_bits", 32) == 8:
         raise UserError(
-            f"optimizer_parameters: state_bits: 8 does not work under {engine.name}, which flattens "
-            "parameters. Launch with recipes/accelerate/fsdp2.yaml or ddp.yaml, or use 32."
+            f"optimizer_parameters: state_bits: 8 does not work under {engine.name}, which "
+            "flattens parameters. Launch with recipes/accelerate/fsdp2.yaml or ddp.yaml, or use 32."
         )
     if engine.zero is not None and "optimizer" in _deepspeed(args):
         raise UserError(

@@ -55,9 +55,7 @@ def names() -> list[str]:
 def _ours() -> list[Path]:
     """The files with recipes; `accelerate` holds settings of its launcher."""
     return [
-        path
-        for path in sorted(RECIPES.rglob("*.yaml"))
-        if path.parent != RECIPES / "accelerate"
+        path for path in sorted(RECIPES.rglob("*.yaml")) if path.parent != RECIPES / "accelerate"
     ]
 
 

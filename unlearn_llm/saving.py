@@ -91,7 +91,9 @@ class SavingTrainer(Trainer):
 
         With the sharded checkpoints of FSDP the Trainer leaves the model itself out.
         """
-        if self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+        if self.is_fsdp_enabled and "SHARDED" in str(
+            self.accelerator.state.fsdp_plugin.state_dict_type
+        ):
             self._save(output_dir, self.whole_weights())
         super().save_model(output_dir, _internal_call)
 

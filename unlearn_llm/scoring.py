@@ -340,8 +340,10 @@ def _is_plain_linear(head: nn.Linear) -> bool:
 def unwrapped(model: nn.Module) -> Any:
     """Find the transformers model inside DDP, DeepSpeed and peft wrappers."""
     found: Any = model
-    if isinstance(found, nn.parallel.DistributedDataParallel):
-        found = found.module
-    elif "deepspeed" in sys.modules and isinstance(found, sys.modules["deepspeed"].DeepSpeedEngine):
+    deepspeed = sys.modules.get("deepspeed")  # it takes seconds to import
+    wrappers: tuple[type, ...] = (nn.parallel.DistributedDataParallel,)
+    if deepspeed is not None:
+        wrappers += (deepspeed.DeepSpeedEngine,)
+    if isinstance(found, wrappers):
         found = found.module
     return found.get_base_model() if isinstance(found, PeftModel) else found

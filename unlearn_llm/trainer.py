@@ -22,8 +22,8 @@ from unlearn_llm.combining import Combining
 from unlearn_llm.config import NO_EVALUATION, UnlearnConfig, check_mask, check_run
 from unlearn_llm.dataset import Collator, RoleDataset, read_refusals
 from unlearn_llm.dual_setup import observations, set_up
-from unlearn_llm.engines import check_engine
 from unlearn_llm.encode import CHAT, Encoder, check_context
+from unlearn_llm.engines import check_engine
 from unlearn_llm.errors import UserError
 from unlearn_llm.hidden import check_layers
 from unlearn_llm.masking import Masking

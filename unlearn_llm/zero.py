@@ -24,8 +24,8 @@ def step_in_backward(optimizer: Optimizer, trainer: "UnlearnTrainer") -> None:
     rate = ForgetLearningRate()
 
     def before(stepped: Optimizer, *arguments: Any) -> None:
-        norm = trainer.model_wrapped.optimizer._global_grad_norm  # the Trainer's `max_grad_norm`
-        trainer.end_step(float(norm))
+        engine: Any = trainer.model_wrapped
+        trainer.end_step(float(engine.optimizer._global_grad_norm))  # before clipping
         rate.on_pre_optimizer_step(trainer.args, None, None, optimizer=stepped)
 
     def after(stepped: Optimizer, *arguments: Any) -> None:

@@ -11,6 +11,7 @@ GPUs: what follows is the code that runs on GPUs, on other devices.
 
 import json
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from models_for_tests import history, make_trainer, small_tokenizer, tiny_model
+from transformers import training_args
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from unlearn_llm.errors import NonFiniteError
@@ -37,6 +39,7 @@ def settle(engine: str) -> dict:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
+        training_args.is_torch_bf16_gpu_available = lambda: True  # asked for without use_cpu
         PartialState(backend="gloo")
     return {"use_cpu": engine == "fsdp2", "accelerator_config": {"use_configured_state": True}}
 
@@ -78,11 +81,9 @@ def main() -> None:
     """Do all runs of the file in the order in which they stand, or a command."""
     engine = sys.argv[1]
     if sys.argv[2] == "unlearn":
-        from unlearn_llm.cli import main as unlearn
-
         settle(engine)
         sys.argv[:3] = ["unlearn"]
-        unlearn()
+        runpy.run_module("unlearn_llm", run_name="__main__")
         return
     file = Path(sys.argv[2])
     for run in json.loads(file.read_text()):
@@ -90,6 +91,7 @@ def main() -> None:
         found = result(trainer)
         if trainer.args.process_index == 0:
             torch.save(found, file.parent / f"{run['name']}.pt")
+    torch.distributed.destroy_process_group()  # or gloo's threads may abort a process that ends
 
 
 if __name__ == "__main__":

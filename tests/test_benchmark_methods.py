@@ -260,7 +260,7 @@ def test_a_loss_with_detached_weights_is_measured_without_them(tmp_path, name, n
     values = []
     for loss in (name, named):
         trainer = make_trainer(tmp_path, objective=f"{loss}+gd", max_steps=1)
-        trainer.reference = trainer._build_reference()
+        trainer.referring.prepare(None)
         values.append(measured_run.fixed_loss(trainer, "forget"))
     assert values[0] == values[1]
 

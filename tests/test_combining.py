@@ -299,21 +299,6 @@ def test_settings_that_cannot_work_are_refused_at_once(tmp_path, changed, messag
         make_trainer(tmp_path, **{"schedule": "joint", "combine": "surgery", **changed})
 
 
-@pytest.mark.parametrize(
-    ("name", "fsdp", "deepspeed", "message"),
-    [
-        ("surgery", None, True, "DeepSpeed keeps in flat buffers"),
-        ("pdu", 1, False, "FSDP1 keeps in flat buffers"),
-        ("gru", 2, False, "keeps a memory of whole gradients"),
-    ],
-)
-def test_what_hides_gradients_is_refused(tmp_path, name, fsdp, deepspeed, message):
-    combining = make_trainer(tmp_path, **settings(name)).combining
-    with pytest.raises(UserError, match=message):
-        combining.check_model(fsdp=fsdp, deepspeed=deepspeed)
-    make_trainer(tmp_path).combining.check_model(fsdp=1, deepspeed=False)
-
-
 def test_dropout_is_refused_where_gradients_are_compared(tmp_path):
     model = tiny_model()
     model.config.attention_dropout = 0.1

@@ -6,8 +6,7 @@ import pytest
 import torch
 from models_for_tests import SAVING, history, make_trainer, tiny_model, trained, weights
 
-from unlearn_llm.dual_setup import check_eight_bit, observations, set_up
-from unlearn_llm.errors import UserError
+from unlearn_llm.dual_setup import observations, set_up
 from unlearn_llm.optim import DualAdamW, DualAdamWPlus
 
 EIGHT = {"state_bits": 8, "min_8bit_size": 256}
@@ -186,21 +185,3 @@ def test_observations_are_found_behind_a_wrapper_and_given_once():
 
 
 # Refusals.
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ({"fsdp1": True, "deepspeed": False}, "does not work under FSDP1.*Use FSDP2"),
-        ({"fsdp1": False, "deepspeed": True}, "does not work under DeepSpeed"),
-    ],
-)
-def test_8_bit_moments_are_refused_where_parameters_are_flattened(kind, message):
-    with pytest.raises(UserError, match=message):
-        check_eight_bit({"state_bits": 8}, **kind)
-    check_eight_bit({"state_bits": 32}, **kind)
-    check_eight_bit({}, **kind)
-
-
-def test_8_bit_moments_are_accepted_elsewhere():
-    check_eight_bit({"state_bits": 8}, fsdp1=False, deepspeed=False)

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from unlearn_llm.evaluation.records import read_private_records
 from unlearn_llm.evaluation.report import labels
 from unlearn_llm.evaluation.suite import Suite, as_plain
 from unlearn_llm.models import load_model
-from unlearn_llm.pipeline import _check_evaluates_whole
 
 SMALL = ["limit=2", "max_new_tokens=4"]
 RUN = [
@@ -218,16 +216,6 @@ def test_a_resumed_run_completes_the_curve(inside, unlearn):  # noqa: F811
     for name in ("evaluation/trade_off.csv", "adapter_model.safetensors"):
         files = [inside / run / name for run in ("run", "whole")]
         assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def test_spread_weights_are_not_evaluated_at_steps():
-    def trainer(strategy):
-        args = SimpleNamespace(eval_strategy=strategy, eval_on_start=False)
-        return SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False, args=args)
-
-    _check_evaluates_whole(trainer("no"))
-    with pytest.raises(UserError, match="weights are spread over the ranks"):
-        _check_evaluates_whole(trainer("steps"))
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     3: (
         "config", "callbacks", "combining", "masking", "trainer", "finetune", "alternates",
-        "preemption", "saving",
+        "preemption", "saving", "engines", "referring", "zero",
         "attacks", "attacks/adapter", "attacks/asking", "attacks/base", "attacks/campaign",
         "attacks/prefix", "attacks/probing", "attacks/quantisation", "attacks/questions",
         "attacks/relearning", "attacks/sampling",
@@ -57,7 +57,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "evaluation/lm_eval", "evaluation/lm_eval_export",
     ),
     4: (
-        "recipe", "recipe_check", "recipe_files", "published", "results", "pipeline",
+        "recipe", "recipe_check", "recipe_files", "published", "recipe_rows", "results", "pipeline",
         "evaluating", "comparing", "attacking", "cli", "cli_attack", "cli_merge", "cli_reports",
         "cli_tasks", "merging",
         "cli_env", "cli_faults", "environment",

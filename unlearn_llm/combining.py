@@ -49,32 +49,16 @@ class Combining(TrainerCallback):
         self._losses: dict[Role, float] = {}
         self._seen: dict[str, list[float]] = defaultdict(list)
 
-    def check_model(self, *, fsdp: int | None, deepspeed: bool) -> None:
-        """Refuse what hides gradients or makes them random.
-
-        Args:
-            fsdp: Its version, None without.
+    def check_model(self) -> None:
+        """Refuse what makes gradients random.
 
         Raises:
-            UserError: DeepSpeed, FSDP1, a memory under FSDP2, dropout.
+            UserError: dropout.
         """
         if self.combination.repeatable and self._has_dropout():
             raise UserError(
                 f"combine: {self.name} takes differences of gradients, which dropout makes "
                 "random. Set the model's dropout to 0 (lora: {dropout: 0.0})."
-            )
-        if self.name is None or not (deepspeed or fsdp):
-            return
-        if deepspeed or fsdp == 1:
-            raise UserError(
-                f"combine: {self.name} needs the gradient of each parameter, which "
-                f"{'DeepSpeed' if deepspeed else 'FSDP1'} keeps in flat buffers of its own. Use "
-                "DDP, LoRA or FSDP2 (fsdp_version: 2)."
-            )
-        if not self.combination.sharded:
-            raise UserError(
-                f"combine: {self.name} keeps a memory of whole gradients, which does not work "
-                "with weights spread over the ranks (FSDP). Use DDP or LoRA."
             )
 
     # The step, for the Trainer.

@@ -5,7 +5,6 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from unlearn_llm.errors import UserError
 from unlearn_llm.optim import DualAdamW
 
 
@@ -25,20 +24,6 @@ def set_up(optimizer: Optimizer, model: nn.Module, *, quantize_embeddings: bool)
         group["refuse_nonfinite"] = False
         if group["state_bits"] == 8 and not quantize_embeddings:
             _keep_apart(optimizer, group, _embeddings(model))
-
-
-def check_eight_bit(optimizer_parameters: dict[str, Any], *, fsdp1: bool, deepspeed: bool) -> None:
-    """Refuse 8-bit moments where blocks would cross parameters or be gathered as parameters.
-
-    Raises:
-        UserError: Under DeepSpeed or FSDP1.
-    """
-    if optimizer_parameters.get("state_bits", 32) == 8 and (fsdp1 or deepspeed):
-        raise UserError(
-            f"optimizer_parameters: state_bits: 8 does not work under "
-            f"{'DeepSpeed' if deepspeed else 'FSDP1'}, which flattens parameters. Use FSDP2 "
-            "(fsdp_version: 2), DDP, or state_bits: 32."
-        )
 
 
 def observations(optimizer: Any) -> dict[str, float]:

@@ -10,7 +10,6 @@ from datasets import Dataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -84,7 +83,7 @@ def finetune(
     pairs: Sequence[QA],
     encoder: Encoder,
     args: TrainingArguments,
-) -> Trainer:
+) -> FinetuneTrainer:
     """Fine-tune a model on questions and answers; the loss is taken on the answers.
 
     Returns:

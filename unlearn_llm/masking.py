@@ -66,18 +66,6 @@ class Masking(TrainerCallback):
                 seed=0,
             )
 
-    def check_model(self, *, sharded: bool) -> None:
-        """Refuse what hides gradients.
-
-        Raises:
-            UserError: weights that are spread over the ranks.
-        """
-        if self.chooser is not None and sharded:
-            raise UserError(
-                f"mask: {self.name} holds entries of whole parameters, which does not work with "
-                "weights spread over the ranks (FSDP, DeepSpeed). Use DDP or LoRA."
-            )
-
     def prepare(self, checkpoint: Path | None) -> None:
         """Choose the mask at the weights as they are, or read it beside a checkpoint.
 

@@ -306,7 +306,9 @@ def keep_float32_masters(model: torch.nn.Module, autocast: bool) -> None:
             (autocast does, and peft's adapters do).
     """
     for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+        low = parameter.dtype in (torch.bfloat16, torch.float16)
+        # What ZeRO-3 has spread over the ranks already keeps its masters with the optimiser.
+        if parameter.requires_grad and low and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.float()
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if len(dtypes) > 1 and not autocast and not isinstance(model, PeftModel):

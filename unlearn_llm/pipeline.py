@@ -16,14 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from unlearn_llm.alternates import alternate_answers, write_pairs
+from unlearn_llm.config import UnlearnConfig
 from unlearn_llm.continuing import Request
 from unlearn_llm.dataset import read_refusals
 from unlearn_llm.encode import Encoder, check_context
+from unlearn_llm.engines import check_engine, check_kind
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.during import DuringTraining
 from unlearn_llm.evaluation.evaluate import Evaluation, evaluate
@@ -44,6 +46,7 @@ from unlearn_llm.models import (
 )
 from unlearn_llm.preemption import listening
 from unlearn_llm.recipe import DataSettings, Recipe
+from unlearn_llm.recipe_rows import forget_and_retain, pairs_of, texts_of
 from unlearn_llm.results import (
     WARNING,
     begin,
@@ -55,7 +58,8 @@ from unlearn_llm.results import (
     standing_of,
     unmerged_warning,
 )
-from unlearn_llm.rows import QA, check_disjoint, load_rows, split_tasks, to_pairs
+from unlearn_llm.rows import QA, check_disjoint
+from unlearn_llm.saving import SavingTrainer
 from unlearn_llm.trainer import UnlearnTrainer
 
 logger = logging.get_logger(__name__)
@@ -91,9 +95,9 @@ def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     check_folder(recipe, resume, overwrite)
     suite = _suite(recipe)
     data = recipe.data
-    pairs = [pair for source in data.train for pair in _pairs(source, data)]
+    pairs = [pair for source in data.train for pair in pairs_of(source, data)]
     if recipe.model.new is not None:
-        texts = [part for s in data.tokenizer_rows or data.train for part in _texts(s, data)]
+        texts = [part for s in data.tokenizer_rows or data.train for part in texts_of(s, data)]
         tokenizer: Any = new_tokenizer(texts, recipe.model.new.vocabulary)
     else:
         tokenizer = load_tokenizer(recipe.model)
@@ -102,6 +106,7 @@ def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     _check_encodes(encoder, pairs, "the training rows", recipe.model)
     args = recipe.arguments()
     check_packages(args)
+    check_kind(args, four_bit=recipe.model.four_bit is not None)
     standing = standing_of(recipe, resume)
     if standing.trained:
         return _go_on(recipe, suite, encoder)
@@ -147,6 +152,7 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
     _check_encodes(encoder, forget, "the forget set", recipe.model)
     _check_encodes(encoder, retain, "the retain set", recipe.model)
     check_packages(args)
+    _check_engine(recipe, args)
     during = _during(recipe, encoder)
     if resume and during is not None:
         during.check_earlier()
@@ -172,7 +178,6 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
         else lambda current: during(current, trainer.state.global_step),
         allow_overlap=recipe.data.allow_overlap,
     )
-    _check_evaluates_whole(trainer)
     begin(recipe, resume)
     request.asked()
     trainer.train(resume_from_checkpoint=standing.checkpoint)
@@ -250,26 +255,12 @@ def run_evaluate(
     )
 
 
-def forget_and_retain(data: DataSettings) -> tuple[list[QA], list[QA]]:
-    """Load both sides of the data of a recipe to unlearn."""
-    assert data.forget is not None and data.retain is not None  # checked by Recipe
-    if data.task_id is None:
-        return _pairs(data.forget, data), _pairs(data.retain, data)
-    rows = load_rows(data.forget, folder=data.folder, seed=data.seed)
-    chosen, others = split_tasks(rows, str(data.task_id), data.forget)
-    columns = (data.question_column, data.answer_column)
-    other_pairs = to_pairs(others, data.forget, *columns) if others else []
-    return (
-        to_pairs(chosen, data.forget, *columns),
-        [*_pairs(data.retain, data), *other_pairs],
-    )
-
-
 class _Kept:
     """What training changes in a model and must be put back before it is saved."""
 
     def __init__(self, model: Any) -> None:
-        self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        named = model.named_parameters(remove_duplicate=False)  # a tied head has two names
+        self.dtypes = {name: parameter.dtype for name, parameter in named}
         self.use_cache = getattr(model.config, "use_cache", None)
 
     def restore(self, model: Any) -> None:
@@ -281,9 +272,15 @@ class _Kept:
         if self.use_cache is not None:
             model.config.use_cache = self.use_cache
 
+    def cast(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Give gathered weights in the dtype that they were loaded in."""
+        return {
+            name: value.to(self.dtypes.get(name, value.dtype)) for name, value in weights.items()
+        }
+
 
 def _finish(
-    trainer: Trainer, recipe: Recipe, kept: _Kept, suite: Suite | None, encoder: Encoder
+    trainer: SavingTrainer, recipe: Recipe, kept: _Kept, suite: Suite | None, encoder: Encoder
 ) -> Run:
     """Save model, tokenizer and log; evaluate."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -293,8 +290,8 @@ def _finish(
         kept.restore(model)
 
     def save(target: Path) -> None:
-        if sharded:  # weights are spread over the ranks: the Trainer gathers them, as they are
-            trainer.save_model(str(target))
+        if sharded:
+            trainer._save(str(target), kept.cast(trainer.whole_weights()))
         else:
             model.save_pretrained(target)
             encoder.tokenizer.save_pretrained(target)
@@ -357,6 +354,18 @@ def _suite(recipe: Recipe) -> Suite | None:
     return recipe.suite()
 
 
+def _check_engine(recipe: Recipe, args: UnlearnConfig) -> None:
+    """Refuse what the engine of this launch cannot do, before weights are loaded."""
+    check_engine(
+        args,
+        args.build_objective(),
+        combination=args.build_combination(),
+        combine=args.combine,
+        mask=args.mask,
+        four_bit=recipe.model.four_bit is not None,
+    )
+
+
 def _during(recipe: Recipe, encoder: Encoder) -> DuringTraining | None:
     """Make what evaluates during training, if the recipe has a suite."""
     suite, settings = recipe.suite(during=True), recipe.evaluate
@@ -366,17 +375,6 @@ def _during(recipe: Recipe, encoder: Encoder) -> DuringTraining | None:
         read_records(settings.target)
     folder = recipe.output_dir / EVALUATION
     return DuringTraining(folder, suite, encoder, settings.reference, settings.target)
-
-
-def _check_evaluates_whole(trainer: Trainer) -> None:
-    """Refuse to evaluate at steps where no process has the whole weights."""
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if sharded and (trainer.args.eval_strategy != "no" or trainer.args.eval_on_start):
-        raise UserError(
-            "train.eval_strategy: the weights are spread over the ranks (FSDP, DeepSpeed), and a "
-            "suite needs them whole. Set it to 'no', save checkpoints, and give them to "
-            "`unlearn eval`."
-        )
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase, data: DataSettings) -> Encoder:
@@ -390,12 +388,3 @@ def _check_encodes(encoder: Encoder, pairs: Sequence[QA], where: str, model: Mod
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     check_context([len(one.ids) for one in encoded], context_length(model), where)
-
-
-def _pairs(source: str, data: DataSettings) -> list[QA]:
-    rows = load_rows(source, folder=data.folder, seed=data.seed)
-    return to_pairs(rows, source, data.question_column, data.answer_column)
-
-
-def _texts(source: str, data: DataSettings) -> list[str]:
-    return [text for pair in _pairs(source, data) for text in pair[:2]]

@@ -26,6 +26,11 @@ class RoleLog:
         self._losses: dict[Role, list[float]] = defaultdict(list)
         self._norms: dict[str, list[float]] = defaultdict(list)
 
+    @property
+    def is_open(self) -> bool:
+        """Is there a step whose losses were added, but which is not closed?"""
+        return bool(self._shares)
+
     def add_loss(self, role: Role, share: Tensor) -> None:
         """Add a micro-batch's share of the step's loss (0-d, on the device)."""
         self._shares[role] = self._shares[role] + share if role in self._shares else share

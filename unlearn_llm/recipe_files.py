@@ -50,16 +50,23 @@ def display(path: Path) -> str:
 def names() -> list[str]:
     """Name every recipe of the package, each variant by itself."""
     found = []
-    for path in sorted(RECIPES.rglob("*.yaml")):
+    for path in _ours():
         for chosen in variants(read_document(path), display(path)):
             found.append("/".join([name_of(path), *chosen.values()]))
     return found
 
 
+def _ours() -> list[Path]:
+    """The files with recipes; `accelerate` holds settings of its launcher."""
+    return [
+        path for path in sorted(RECIPES.rglob("*.yaml")) if path.parent != RECIPES / "accelerate"
+    ]
+
+
 def summary() -> list[str]:
     """Name every recipe file, with its axes: "tofu/phi-1.5/{split}/{objective}/{scheme} (48)"."""
     lines = []
-    for path in sorted(RECIPES.rglob("*.yaml")):
+    for path in _ours():
         document = read_document(path)
         axes = _axes(document, display(path))
         count = sum(1 for _ in variants(document, display(path)))

@@ -1,6 +1,7 @@
 """The frozen model that a loss compares with: cached numbers, an adapter as it was, or a copy."""
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -57,6 +58,32 @@ class Precomputed:
             {
                 role: _score_rows(model, encoded, collator, batch_size, accelerator)
                 for role, encoded in rows.items()
+            }
+        )
+
+    def state(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """Give what `from_state` takes: by role and answer all values, and how many are a row's."""
+        return {
+            role: {
+                answer: {
+                    "values": torch.cat(list(rows)),
+                    "lengths": torch.tensor([len(row) for row in rows]),
+                }
+                for answer, rows in answers.items()
+            }
+            for role, answers in self.token_logps.items()
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[Any, Any]) -> "Precomputed":
+        """Make one from what `state` gave."""
+        return cls(
+            {
+                role: {
+                    answer: saved["values"].split(saved["lengths"].tolist())
+                    for answer, saved in answers.items()
+                }
+                for role, answers in state.items()
             }
         )
 
@@ -266,16 +293,18 @@ def _score_rows(
 ) -> dict[Answer, list[Tensor]]:
     # Longest first: batches need little padding, and memory runs out at once or never.
     order = sorted(range(len(encoded)), key=lambda row: encoded.lengths[row], reverse=True)
-    mine = order[accelerator.process_index :: accelerator.num_processes]
+    ranks = accelerator.num_processes
+    mine = order[accelerator.process_index :: ranks]
     found: list[tuple[Answer, int, Tensor]] = []
+    # As many passes on every rank: where weights are spread, a pass needs all of them.
     starts = tqdm(
-        range(0, len(mine), batch_size),
+        range(0, math.ceil(len(order) / ranks), batch_size),
         desc="reference log-probabilities",
         disable=not accelerator.is_main_process,
         leave=False,
     )
     for start in starts:
-        batch_rows = mine[start : start + batch_size]
+        batch_rows = mine[start : start + batch_size] or order[:1]
         samples = [encoded[row] for row in batch_rows]
         sequences = {
             answer: _to(collator.sequences([sample[answer] for sample in samples]), accelerator)

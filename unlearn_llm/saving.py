@@ -77,6 +77,26 @@ class SavingTrainer(Trainer):
         with self.leaving.training():
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
 
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """Gather weights that are spread, on the first rank; every rank calls it.
+
+        Returns:
+            By name, on the CPU. On other ranks perhaps nothing.
+        """
+        model = self.model_wrapped if self.is_deepspeed_enabled else self.model
+        return self.accelerator.get_state_dict(model) or {}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model as `from_pretrained` loads it; see Trainer.save_model.
+
+        With the sharded checkpoints of FSDP the Trainer leaves the model itself out.
+        """
+        if self.is_fsdp_enabled and "SHARDED" in str(
+            self.accelerator.state.fsdp_plugin.state_dict_type
+        ):
+            self._save(output_dir, self.whole_weights())
+        super().save_model(output_dir, _internal_call)
+
     def write_beside(self, checkpoint: Path) -> None:
         """Write what else a checkpoint needs; called where `args.should_save`."""
 

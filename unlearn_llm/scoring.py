@@ -7,6 +7,7 @@ from chunks of positions.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from unlearn_llm.hidden import captured, reach_every_weight
@@ -300,7 +302,11 @@ def hidden_states_for_logits(model: nn.Module) -> Iterator[Head]:
     inner = unwrapped(model)
     head = inner.get_output_embeddings()
     vocabulary = int(inner.config.vocab_size)
-    if inner.config.model_type not in PLAIN_HEADS or not isinstance(head, nn.Linear):
+    if (
+        inner.config.model_type not in PLAIN_HEADS
+        or not isinstance(head, nn.Linear)
+        or _is_spread(model, head)
+    ):
         yield Head(lambda logits: logits, vocabulary)
         return
     vocabulary = head.out_features
@@ -317,6 +323,11 @@ def hidden_states_for_logits(model: nn.Module) -> Iterator[Head]:
             head.forward = own  # type: ignore[method-assign]
 
 
+def _is_spread(model: nn.Module, head: nn.Linear) -> bool:
+    """Is the head's weight whole only while its own forward runs (FSDP2, DeepSpeed ZeRO-3)?"""
+    return isinstance(model, FSDPModule) or hasattr(head.weight, "ds_id")
+
+
 def _is_plain_linear(head: nn.Linear) -> bool:
     """No subclass (4 bits), no sharded or quantised weight, no forward put in its place."""
     return (
@@ -327,8 +338,12 @@ def _is_plain_linear(head: nn.Linear) -> bool:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """Find the transformers model inside DDP and peft wrappers."""
+    """Find the transformers model inside DDP, DeepSpeed and peft wrappers."""
     found: Any = model
-    if isinstance(found, nn.parallel.DistributedDataParallel):
+    deepspeed = sys.modules.get("deepspeed")  # it takes seconds to import
+    wrappers: tuple[Any, ...] = (nn.parallel.DistributedDataParallel,)
+    if deepspeed is not None:
+        wrappers += (deepspeed.DeepSpeedEngine,)
+    if isinstance(found, wrappers):
         found = found.module
     return found.get_base_model() if isinstance(found, PeftModel) else found

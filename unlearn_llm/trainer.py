@@ -21,8 +21,9 @@ from unlearn_llm.combine import Combination
 from unlearn_llm.combining import Combining
 from unlearn_llm.config import NO_EVALUATION, UnlearnConfig, check_mask, check_run
 from unlearn_llm.dataset import Collator, RoleDataset, read_refusals
-from unlearn_llm.dual_setup import check_eight_bit, observations, set_up
+from unlearn_llm.dual_setup import observations, set_up
 from unlearn_llm.encode import CHAT, Encoder, check_context
+from unlearn_llm.engines import check_engine
 from unlearn_llm.errors import UserError
 from unlearn_llm.hidden import check_layers
 from unlearn_llm.masking import Masking
@@ -32,13 +33,15 @@ from unlearn_llm.objective import Loss, Objective
 from unlearn_llm.optim import set_role
 from unlearn_llm.plan import Plan
 from unlearn_llm.progress import RoleLog, check_step
-from unlearn_llm.reference import Reference, choose_reference, frozen
+from unlearn_llm.reference import Reference, frozen
+from unlearn_llm.referring import Referring
 from unlearn_llm.rows import QA, as_pairs, check_disjoint
 from unlearn_llm.saving import SavingTrainer
 from unlearn_llm.schedule import Schedule, ScheduledSampler
 from unlearn_llm.scoring import score, unwrapped
 from unlearn_llm.types import ROLES, Answer, Batch, Role, Scored, Sequences
 from unlearn_llm.undisturbed import undisturbed
+from unlearn_llm.zero import step_in_backward
 
 Rows = Sequence[QA] | Sequence[Mapping[str, Any]]
 
@@ -108,6 +111,13 @@ class UnlearnTrainer(SavingTrainer):
         self.combining = Combining(combination, name, self)
         chooser = mask or args.build_mask()
         self.masking = Masking(chooser, type(mask).__name__ if mask else args.mask, self)
+        check_engine(
+            args,
+            self.objective,
+            combination=combination,
+            combine=name,
+            mask=self.masking.name,
+        )
         self.evaluate_model = evaluate_model
         encoder = encoder or Encoder(processing_class, CHAT)
         refusals = refusals if refusals is not None else read_refusals()
@@ -158,27 +168,24 @@ class UnlearnTrainer(SavingTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=args.build_optimizer(),
         )
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and (
-            self.objective.forget.reference or self.objective.retain.reference
-        ):
-            raise UserError(
-                f"{self.objective.name} compares with a reference model, which does not work with "
-                "weights spread over the ranks (FSDP, DeepSpeed). Use DDP or LoRA."
-            )
-        fsdp = self.accelerator.state.fsdp_plugin.fsdp_version if self.is_fsdp_enabled else None
-        deepspeed = self.is_deepspeed_enabled
-        check_eight_bit(args.optimizer_parameters, fsdp1=fsdp == 1, deepspeed=deepspeed)
-        self.combining.check_model(fsdp=fsdp, deepspeed=deepspeed)
-        self.masking.check_model(sharded=self.is_fsdp_enabled or deepspeed)
+        self.combining.check_model()
         # Tells the Trainer that losses are not divided by num_items_in_batch (trap 8).
         self.model_accepts_loss_kwargs = False
         self.reference = reference
+        self.referring = Referring(self)
+        self.add_callback(self.referring)
         self.role_log = RoleLog()
+        self._set_up: Optimizer | None = None
         self._denominators: dict[Role, Tensor | None] = {}
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Make the optimiser and tell a dual one about the model."""
         optimizer: Optimizer = super().create_optimizer(model)
+        if optimizer is self._set_up:  # under DeepSpeed the Trainer asks twice
+            return optimizer
+        self._set_up = optimizer
+        if self.is_deepspeed_enabled:
+            step_in_backward(optimizer, self)
         set_up(
             optimizer,
             model or self.model,  # type: ignore[arg-type]  # there is one by now
@@ -287,10 +294,15 @@ class UnlearnTrainer(SavingTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         """Stop before the optimiser steps if the loss or the gradient is not finite."""
         norm = float(super()._get_grad_norm(model, grad_norm))
-        losses = self.role_log.end_step(norm, self.accelerator)
-        step, folder = self.state.global_step, self.args.output_dir
-        check_step(losses, norm, step, folder, self.args.max_retain_loss)
+        self.end_step(norm)
         return norm
+
+    def end_step(self, norm: float) -> None:
+        """Note a step, which may be noted already; stop if a loss or its gradient is not finite."""
+        if self.role_log.is_open:
+            losses = self.role_log.end_step(norm, self.accelerator)
+            step, folder = self.state.global_step, self.args.output_dir
+            check_step(losses, norm, step, folder, self.args.max_retain_loss)
 
     def train(  # type: ignore[override]  # the rest is passed on as it is
         self, resume_from_checkpoint: str | bool | None = None, **keywords: Any
@@ -300,9 +312,8 @@ class UnlearnTrainer(SavingTrainer):
         if checkpoint is not None:
             self._plan().check(checkpoint)
             self.combining.read(checkpoint)
-        if self.reference is None:
-            # Before a checkpoint is loaded: the reference is the model at the start (trap 12).
-            self.reference = self._build_reference()
+        # Before a checkpoint is loaded: the reference is the model at the start (trap 12).
+        self.referring.prepare(checkpoint)
         self.masking.prepare(checkpoint)
         return super().train(str(checkpoint) if checkpoint else None, **keywords)
 
@@ -345,6 +356,7 @@ class UnlearnTrainer(SavingTrainer):
         self._plan().write(checkpoint)
         self.combining.write(checkpoint)
         self.masking.write(checkpoint)
+        self.referring.write(checkpoint)
 
     # What the steps are made of.
 
@@ -365,17 +377,6 @@ class UnlearnTrainer(SavingTrainer):
             faded = self.args.forget_fade(self.state.global_step)
             return self.objective.forget_weight * faded * by.forget
         return self.objective.retain_weight * by.retain
-
-    def _build_reference(self) -> Reference | None:
-        return choose_reference(
-            self.args.reference,
-            self.objective.needs,
-            self.model,
-            self.role_rows.rows,
-            self.collator,
-            4 * self.args.per_device_train_batch_size,  # no gradients: more fits
-            self.accelerator,
-        )
 
     def _plan(self) -> Plan:
         return Plan(

@@ -354,10 +354,3 @@ def test_a_mask_of_ones_own_is_found_by_name_or_given(tmp_path):
 def test_settings_that_cannot_work_are_refused_at_once(tmp_path, changed, message):
     with pytest.raises(UserError, match=message):
         make_trainer(tmp_path, **changed)
-
-
-def test_weights_spread_over_ranks_are_refused(tmp_path):
-    masking = make_trainer(tmp_path, **SALUN).masking
-    with pytest.raises(UserError, match="Use DDP or LoRA"):
-        masking.check_model(sharded=True)
-    make_trainer(tmp_path).masking.check_model(sharded=True)

@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -261,17 +262,22 @@ def new_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerF
     )
 
 
-def new_model(new: NewModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
-    """Build a Llama or Phi with random weights for this tokenizer."""
+def new_config(
+    new: NewModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedConfig:
+    """Make the config of a new Llama or Phi; without a tokenizer, of the size that is asked for."""
     if new.hidden_size % new.heads:
         raise UserError(
             f"model.new: hidden_size must be a multiple of heads; got {new.hidden_size} and "
             f"{new.heads}."
         )
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(
+    tokens = {
+        f"{name}_token_id": None if tokenizer is None else getattr(tokenizer, f"{name}_token_id")
+        for name in ("bos", "eos", "pad")
+    }
+    config: PreTrainedConfig = AutoConfig.for_model(
         new.family,
-        vocab_size=len(tokenizer),
+        vocab_size=new.vocabulary if tokenizer is None else len(tokenizer),
         hidden_size=new.hidden_size,
         intermediate_size=4 * new.hidden_size,
         num_hidden_layers=new.layers,
@@ -279,10 +285,15 @@ def new_model(new: NewModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) 
         num_key_value_heads=new.heads,
         max_position_embeddings=new.context,
         tie_word_embeddings=new.family == "llama",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **tokens,
     )
+    return config
+
+
+def new_model(new: NewModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
+    """Build a Llama or Phi with random weights for this tokenizer."""
+    config = new_config(new, tokenizer)
+    torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config)
 
 

@@ -1,0 +1,172 @@
+"""One optimiser step's forward and backward passes, on tensors without contents.
+
+The model is the real one, made from its config: any architecture, with adapter, autocast and
+checkpointing. So what autograd keeps is counted, not guessed, and takes neither weights nor memory.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from unlearn_llm.planning.live import Live
+from unlearn_llm.scoring import PLAIN_HEADS, Head, distributions, hidden_states_for_logits, unwrapped
+from unlearn_llm.types import Answer
+
+
+class Shape(NamedTuple):
+    """The sequences of one answer in a micro-batch: (rows, width), padding included."""
+
+    rows: int
+    width: int
+    scored: int
+    """Positions whose next token is scored."""
+
+
+class Side(NamedTuple):
+    """What a micro-batch holds of one role."""
+
+    answers: Mapping[Answer, Shape]
+    reference: bool
+    """Is a reference asked at every step, too?"""
+
+
+class Cost(NamedTuple):
+    """What a step's passes take, beyond weights and states; bytes, and floating point operations.
+
+    Attributes:
+        activations: Alive when the forward pass is done.
+        peak: Most at any moment, gradients included as far as there are any.
+        without_gradients: Most at any moment without gradients.
+        forward: Operations of one forward pass of one micro-batch.
+        flops: Operations of one micro-batch.
+    """
+
+    activations: int
+    peak: int
+    without_gradients: int
+    forward: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How a micro-batch goes through the model."""
+
+    bf16: bool = False
+    """Under autocast."""
+    together: bool = False
+    """Do all answers go through the model as one batch (scoring.py: on GPUs)?"""
+    accumulate: bool = False
+    """Are there gradients of an earlier micro-batch?"""
+    whole_logits: bool = False
+    """Is it a fine-tuning step of the plain Trainer, with the logits of all positions?"""
+    apart: bool = False
+    """Has each side a backward pass of its own?"""
+
+
+def simulate(model: nn.Module, mode: FakeTensorMode, sides: Sequence[Side], how: Passes) -> Cost:
+    """Run a micro-batch through a model of fake tensors.
+
+    Args:
+        model: Made under `mode`, as it trains: dtypes, adapter, checkpointing.
+        sides: By role that the step trains.
+    """
+    with mode:
+        tensors = [*model.parameters(), *model.buffers()]
+        live = Live(tensors)
+        costs = []
+        with live:
+            for _ in range(1 + how.accumulate):
+                before = live.flops
+                forward, activations = _micro_batch(model, sides, how, live)
+                costs.append((forward, activations, live.flops - before))
+        for parameter in model.parameters():
+            parameter.grad = None
+    forward, activations, flops = costs[-1]
+    return Cost(activations, live.peak, live.peak_without_gradients, forward, flops)
+
+
+def _micro_batch(
+    model: nn.Module, sides: Sequence[Side], how: Passes, live: Live
+) -> tuple[int, int]:
+    """Do the passes; give the operations of the forward pass and the bytes it leaves."""
+    before, activations, forward = live.flops, 0, 0
+    total: Any = 0.0
+    for side in sides:
+        with _autocast(how.bf16):
+            loss = _whole_logits(model, side) if how.whole_logits else _score(model, side, how)
+        total = loss if how.apart else total + loss
+        activations = max(activations, live.now - live.gradients)
+        if how.apart:
+            forward += live.flops - before
+            total.backward()
+            before, total = live.flops, 0.0
+    if not how.apart:
+        forward = live.flops - before
+        total.backward()
+    return forward, activations
+
+
+def _score(model: nn.Module, side: Side, how: Passes) -> Tensor:
+    """What scoring.score does, with as many positions as are scored, wherever they are."""
+    hidden = _hidden(model, side, how)
+    with torch.no_grad():
+        reference = _hidden(model, side, how) if side.reference else None
+    targets = {
+        answer: torch.zeros(len(states), dtype=torch.int64) for answer, states in hidden.items()
+    }
+    head = _head(model)
+    found = distributions(hidden, targets, head)
+    if reference is None:
+        return torch.stack([one.token_logps().sum() for one in found.values()]).sum()
+    constant = distributions(reference, targets, head)
+    return torch.stack([found[a].kl_from(constant[a]).sum() for a in found]).sum()
+
+
+def _hidden(model: nn.Module, side: Side, how: Passes) -> dict[Answer, Tensor]:
+    shapes = side.answers
+    groups = [list(shapes)] if how.together else [[answer] for answer in shapes]
+    hidden = {}
+    with hidden_states_for_logits(model):
+        for answers in groups:
+            width = max(shapes[answer].width for answer in answers)
+            outputs = _states(model, sum(shapes[answer].rows for answer in answers), width)
+            n_rows = [shapes[answer].rows for answer in answers]
+            for answer, rows in zip(answers, outputs.split(n_rows), strict=True):
+                flat = rows[:, : shapes[answer].width].reshape(-1, rows.shape[-1])
+                hidden[answer] = flat[: shapes[answer].scored].clone()
+    return hidden
+
+
+def _states(model: nn.Module, rows: int, width: int) -> Tensor:
+    ids = torch.zeros(rows, width, dtype=torch.int64)
+    outputs: Tensor = model(
+        input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+    ).logits
+    return outputs.float()  # accelerate does that to what leaves an autocast model
+
+
+def _whole_logits(model: nn.Module, side: Side) -> Tensor:
+    (shape,) = side.answers.values()
+    ids = torch.zeros(shape.rows, shape.width, dtype=torch.int64)
+    outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids.clone())
+    loss: Tensor = outputs.loss
+    return loss
+
+
+def _head(model: nn.Module) -> Head:
+    """The head as training applies it; a fake weight does not look like a plain parameter."""
+    with hidden_states_for_logits(model) as head:
+        inner = unwrapped(model)
+        linear = inner.get_output_embeddings()
+        plain = inner.config.model_type in PLAIN_HEADS and type(linear) is nn.Linear
+    return Head(head.apply, head.vocabulary, linear) if plain else head
+
+
+def _autocast(bf16: bool) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()

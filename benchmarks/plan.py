@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from unlearn_llm import synthetic
+from unlearn_llm.encode import Encoder
 from unlearn_llm.models import ModelSettings, NewModel, add_lora, new_config, new_tokenizer
 from unlearn_llm.pipeline import forget_and_retain
 from unlearn_llm.planning.hardware import find
@@ -57,13 +59,13 @@ SETTINGS: dict[str, tuple[NewModel, dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "16 layers, 48 rows": (DEEP, {**PLUS, "per_device_train_batch_size": 48}, {}),
-    "the same, checkpointing": (
+    "16 layers, 48 rows, checkpointing": (
         DEEP,
         {**PLUS, "per_device_train_batch_size": 48, "gradient_checkpointing": True},
         {},
     ),
-    "the same, bf16": (DEEP, {**PLUS, "per_device_train_batch_size": 48, "bf16": True}, {}),
-    "the same, LoRA": (DEEP, {**PLUS, "per_device_train_batch_size": 48}, LORA),
+    "bf16": (LLAMA, {**PLUS, "per_device_train_batch_size": 8, "bf16": True}, {}),
+    "16 layers, 48 rows, LoRA": (DEEP, {**PLUS, "per_device_train_batch_size": 48}, LORA),
     "LoRA, bfloat16 weights": (LLAMA, PLUS, {**LORA, "dtype": "bfloat16"}),
     "LoRA, checkpointing": (DEEP, {**PLUS, "gradient_checkpointing": True}, LORA),
     "4 x 5 rows, accumulated": (
@@ -92,9 +94,14 @@ def main() -> None:
     if given.measure:
         print(json.dumps(_measured(given.measure)))
         return
-    hardware = find("CPU")
-    rows = {}
-    for title in given.only or SETTINGS:
+    rows = compare(given.only or list(SETTINGS))
+    print(json.dumps(rows) if given.json else _markdown(rows))
+
+
+def compare(titles: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Plan and measure; rows by title."""
+    hardware, rows = find("CPU"), {}
+    for title in titles:
         with tempfile.TemporaryDirectory() as folder:
             planned = plan(_recipe(title, Path(folder)), hardware)
         row = {
@@ -109,9 +116,8 @@ def main() -> None:
         }
         row["error"] = row["planned"] / row["measured"] - 1
         rows[title] = row
-        if not given.json:
-            print(_line(title, row), file=sys.stderr, flush=True)
-    print(json.dumps(rows) if given.json else _markdown(rows))
+        print(_line(title, row), file=sys.stderr, flush=True)
+    return rows
 
 
 def _recipe(title: str, folder: Path, new: NewModel | None = None, **train: Any) -> Recipe:
@@ -141,6 +147,7 @@ def _recipe(title: str, folder: Path, new: NewModel | None = None, **train: Any)
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
+            "use_cpu": True,
             "output_dir": str(folder / "run"),
             **settings,
             **train,
@@ -156,8 +163,6 @@ def _train(recipe: Recipe) -> tuple[int, float]:
     settings: ModelSettings = recipe.model
     tokenizer = AutoTokenizer.from_pretrained(settings.path)
     forget, retain = forget_and_retain(recipe.data)
-    from unlearn_llm.encode import Encoder
-
     encoder = Encoder(tokenizer, recipe.data.template, recipe.data.max_length)
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     model: Any = AutoModelForCausalLM.from_config(

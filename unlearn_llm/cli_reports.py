@@ -9,13 +9,14 @@ from typing import Annotated
 
 import typer
 
-from unlearn_llm import cli_merge, cli_requests, cli_tasks
+from unlearn_llm import cli_merge, cli_plan, cli_requests, cli_tasks
 from unlearn_llm.errors import UserError
 
 commands = typer.Typer()
 commands.add_typer(cli_tasks.commands)
 commands.add_typer(cli_merge.commands)
 commands.add_typer(cli_requests.commands)
+commands.add_typer(cli_plan.commands)
 SUFFIXES = {".md": "markdown", ".csv": "csv", ".tex": "latex"}
 
 

@@ -262,9 +262,7 @@ def new_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerF
     )
 
 
-def new_config(
-    new: NewModel, tokenizer: PreTrainedTokenizerBase | None = None
-) -> PreTrainedConfig:
+def new_config(new: NewModel, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedConfig:
     """Make the config of a new Llama or Phi; without a tokenizer, of the size that is asked for."""
     if new.hidden_size % new.heads:
         raise UserError(

@@ -105,7 +105,9 @@ def _unlearn(recipe: Recipe, ranks: int) -> Workload:
     schedule = schedule_of(recipe)
     steps = setting("max_steps")
     if steps <= 0:
-        steps = schedule.steps_for(max(1, math.ceil(setting("num_train_epochs") * len(forget) / window)))
+        steps = schedule.steps_for(
+            max(1, math.ceil(setting("num_train_epochs") * len(forget) / window))
+        )
     sampler = ScheduledSampler(
         schedule,
         lengths={role: encoded.rows[role].lengths for role in ROLES},
@@ -168,7 +170,9 @@ def _finetune(recipe: Recipe, ranks: int) -> Workload:
         sources = data.tokenizer_rows or data.train
         texts = [part for source in sources for pair in _pairs(source, data) for part in pair[:2]]
         tokenizer = new_tokenizer(texts, recipe.model.new.vocabulary)
-    encoded = _encoder(tokenizer, data).pairs([p.question for p in pairs], [p.answer for p in pairs])
+    encoded = _encoder(tokenizer, data).pairs(
+        [p.question for p in pairs], [p.answer for p in pairs]
+    )
     rows = setting("per_device_train_batch_size")
     # The Trainer groups rows of like lengths; sorted ones are a little better.
     lengths = sorted(((len(one.ids), len(one.ids)) for one in encoded), reverse=True)

@@ -53,7 +53,7 @@ def contentless(
     if masters:
         keep_float32_masters(model, autocast=bf16)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
         if adapter is not None or settings.lora is not None:
             model.enable_input_require_grads()
     _make_fake(model, mode)

@@ -39,6 +39,7 @@ class Live(TorchDispatchMode):
         self.now = self.gradients = self.peak = self.peak_without_gradients = self.flops = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
         self._kept = []
+        self._marked = self._since = 0
         for tensor in before:
             storage = tensor.untyped_storage()
             self._known.add(storage)
@@ -57,6 +58,14 @@ class Live(TorchDispatchMode):
                 self._see(leaf)
         return result
 
+    def mark(self) -> None:
+        """Look at the peak from here on, too; see `above_mark`."""
+        self._marked = self._since = self.now
+
+    def above_mark(self) -> int:
+        """Give the most bytes since the mark, beyond those that were there."""
+        return self._since - self._marked
+
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage in self._known:
@@ -65,6 +74,7 @@ class Live(TorchDispatchMode):
         self.now += storage.nbytes()
         weakref.finalize(storage, self._gone, storage.nbytes())
         self.peak = max(self.peak, self.now)
+        self._since = max(self._since, self.now)
         self.peak_without_gradients = max(self.peak_without_gradients, self.now - self.gradients)
 
     def _gone(self, n_bytes: int) -> None:

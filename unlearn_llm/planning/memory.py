@@ -8,6 +8,8 @@ from torch import nn
 from unlearn_llm.planning.simulation import Cost
 
 Engine = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+SHARDED: tuple[Engine, ...] = ("fsdp2", "zero3")
+"""Engines that divide the weights, too."""
 ENGINES: tuple[Engine, ...] = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 FLOAT = 4
 GATHERED = 2
@@ -37,7 +39,9 @@ def weights_of(model: nn.Module, layers: int) -> Weights:
     whole = sum(p.nbytes for p in parameters) + sum(b.nbytes for b in model.buffers())
     trained = [p for p in parameters if p.requires_grad]
     blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
-    in_blocks = [sum(p.nbytes for p in block.parameters()) for block in (blocks[0] if blocks else ())]
+    in_blocks = [
+        sum(p.nbytes for p in block.parameters()) for block in (blocks[0] if blocks else ())
+    ]
     return Weights(
         whole,
         sum(p.nbytes for p in trained),
@@ -94,7 +98,7 @@ def memory(held: Held, cost: Cost, engine: Engine | None, ranks: int) -> Memory:
         engine: None: there is one process.
     """
     w = held.weights
-    sharded = engine in ("fsdp2", "zero3")
+    sharded = engine in SHARDED
     shards = ranks if engine is not None else 1
     parts = {
         "weights": w.all / (shards if sharded else 1),
@@ -105,9 +109,10 @@ def memory(held: Held, cost: Cost, engine: Engine | None, ranks: int) -> Memory:
         "mask": float(held.mask),
         "engine": _of_engine(held, engine, shards),
         "activations": float(cost.activations),
-        "logits and temporaries": float(max(0, cost.without_gradients - cost.activations)),
+        "logits": float(cost.logits),
+        "temporaries": float(max(0, cost.without_gradients - cost.activations - cost.logits)),
     }
-    passing = ("gradients", "activations", "logits and temporaries")
+    passing = ("gradients", "activations", "logits", "temporaries")
     stays = sum(size for name, size in parts.items() if name not in passing)
     backward = stays + cost.peak
     if parts["gradients"] < held.gradients:  # spread, they are never whole

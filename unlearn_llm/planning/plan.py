@@ -1,7 +1,7 @@
 """The plan of a recipe: memory per process, time per step and in all. Nothing is loaded."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,15 @@ from unlearn_llm.errors import UserError
 from unlearn_llm.planning.batches import Kind, StepKind, Workload, caches, tokens_of, workload
 from unlearn_llm.planning.contentless import contentless
 from unlearn_llm.planning.hardware import CPU, Hardware
-from unlearn_llm.planning.memory import Engine, Held, Memory, Weights, memory, weights_of
+from unlearn_llm.planning.memory import (
+    SHARDED,
+    Engine,
+    Held,
+    Memory,
+    Weights,
+    memory,
+    weights_of,
+)
 from unlearn_llm.planning.simulation import Cost, Passes, Side, simulate
 from unlearn_llm.planning.states import States, states_of
 from unlearn_llm.recipe import Recipe
@@ -79,17 +87,10 @@ def plan(
     if engine is not None and processes == 1:
         raise UserError("--engine divides a run over processes; give --processes of 2 or more.")
     engine = engine or ("ddp" if processes > 1 else None)
-    batches = workload(recipe, processes, length)
     setting, finetune = recipe.setting, recipe.kind == "finetune"
     mode = FakeTensorMode()
-    model = contentless(
-        recipe.model,
-        mode,
-        trainable=None if finetune else setting("trainable"),
-        bf16=setting("bf16"),
-        checkpointing=setting("gradient_checkpointing"),
-        masters=not finetune,
-    )
+    model = _model(recipe, mode)
+    batches = workload(recipe, processes, length)
     states = states_of(
         model,
         optimizer=None if finetune else setting("optimizer"),
@@ -97,11 +98,13 @@ def plan(
         optim=str(getattr(setting("optim"), "value", setting("optim"))),
         quantize_embeddings=not finetune and setting("quantize_embeddings"),
     )
+    held = _held(recipe, model, states)
+    if engine in SHARDED and setting("bf16"):  # they gather weights in the dtype that multiplies
+        model = _model(recipe, mode, gathered_in="bfloat16")
     costs = {
         kind: simulate(model, mode, _sides(recipe, of_kind), _passes(recipe, hardware))
         for kind, of_kind in batches.kinds.items()
     }
-    held = _held(recipe, model, states)
     worst = max(costs.values(), key=lambda cost: cost.peak)
     per_step = {
         kind: _seconds_of_step(recipe, hardware, held, states, cost, batches.kinds[kind])
@@ -109,9 +112,11 @@ def plan(
     }
     steps = {kind: of_kind.steps for kind, of_kind in batches.kinds.items()}
     total = sum(steps[kind] * seconds for kind, seconds in per_step.items())
-    total += _seconds_of_reference(recipe, hardware, batches, costs)
-    notes = [f"Lengths: {batches.note}."]
+    total += _seconds_of_reference(recipe, hardware, held, batches, costs)
+    notes = [f"Lengths: {batches.note.rstrip('.')}."]
     notes += [f"{states.note}."] if states.note else []
+    if engine is not None:
+        notes.append(f"What {engine} takes is arithmetic: no run on several GPUs was measured.")
     return Plan(
         hardware,
         processes,
@@ -123,6 +128,21 @@ def plan(
         per_step,
         total if batches.counted else None,
         notes,
+    )
+
+
+def _model(recipe: Recipe, mode: FakeTensorMode, gathered_in: str | None = None) -> nn.Module:
+    setting, finetune = recipe.setting, recipe.kind == "finetune"
+    settings = recipe.model
+    if gathered_in is not None:
+        settings = replace(settings, dtype=gathered_in)  # type: ignore[arg-type]  # a name of one
+    return contentless(
+        settings,
+        mode,
+        trainable=None if finetune else setting("trainable"),
+        bf16=setting("bf16"),
+        checkpointing=setting("gradient_checkpointing"),
+        masters=not finetune and gathered_in is None,
     )
 
 
@@ -189,14 +209,18 @@ def _seconds_of_step(
 
 
 def _seconds_of_reference(
-    recipe: Recipe, hardware: Hardware, batches: Workload, costs: Mapping[Kind, Cost]
+    recipe: Recipe,
+    hardware: Hardware,
+    held: Held,
+    batches: Workload,
+    costs: Mapping[Kind, Cost],
 ) -> float:
     """One forward pass over all rows of the roles whose reference is computed once."""
     if not batches.reference_tokens:
         return 0.0
     kind, cost = next(iter(costs.items()))
     per_token = cost.forward / tokens_of(batches.kinds[kind].worst)
-    return batches.reference_tokens * per_token / (hardware.utilisation * hardware.float32)
+    return batches.reference_tokens * per_token / _rate(recipe, hardware, held)
 
 
 def _rate(recipe: Recipe, hardware: Hardware, held: Held) -> float:
@@ -212,4 +236,3 @@ def _passes_of(recipe: Recipe) -> float:
         made: Any = build_combination(combine, recipe.setting("combine_parameters"))
         return (6 * made.inner_steps + 9) / 2
     return 4 / 3 if combine == "implicit_surgery" else 1.0
-

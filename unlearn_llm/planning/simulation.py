@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unlearn_llm.planning.live import Live
-from unlearn_llm.scoring import PLAIN_HEADS, Head, distributions, hidden_states_for_logits, unwrapped
+from unlearn_llm.scoring import (
+    PLAIN_HEADS,
+    Head,
+    distributions,
+    hidden_states_for_logits,
+    unwrapped,
+)
 from unlearn_llm.types import Answer
 
 
@@ -40,6 +46,7 @@ class Cost(NamedTuple):
 
     Attributes:
         activations: Alive when the forward pass is done.
+        logits: Most while the output head is applied, beyond what was there.
         peak: Most at any moment, gradients included as far as there are any.
         without_gradients: Most at any moment without gradients.
         forward: Operations of one forward pass of one micro-batch.
@@ -47,6 +54,7 @@ class Cost(NamedTuple):
     """
 
     activations: int
+    logits: int
     peak: int
     without_gradients: int
     forward: int
@@ -79,27 +87,35 @@ def simulate(model: nn.Module, mode: FakeTensorMode, sides: Sequence[Side], how:
     with mode:
         tensors = [*model.parameters(), *model.buffers()]
         live = Live(tensors)
-        costs = []
         with live:
             for _ in range(1 + how.accumulate):
                 before = live.flops
-                forward, activations = _micro_batch(model, sides, how, live)
-                costs.append((forward, activations, live.flops - before))
+                forward, activations, logits = _micro_batch(model, sides, how, live)
         for parameter in model.parameters():
             parameter.grad = None
-    forward, activations, flops = costs[-1]
-    return Cost(activations, live.peak, live.peak_without_gradients, forward, flops)
+    return Cost(
+        activations,
+        logits,
+        live.peak,
+        live.peak_without_gradients,
+        forward,
+        live.flops - before,
+    )
 
 
 def _micro_batch(
     model: nn.Module, sides: Sequence[Side], how: Passes, live: Live
-) -> tuple[int, int]:
-    """Do the passes; give the operations of the forward pass and the bytes it leaves."""
-    before, activations, forward = live.flops, 0, 0
+) -> tuple[int, int, int]:
+    """Do the passes; give operations of the forward pass, bytes it leaves, bytes of logits."""
+    before, activations, forward, logits = live.flops, 0, 0, 0
     total: Any = 0.0
     for side in sides:
         with _autocast(how.bf16):
-            loss = _whole_logits(model, side) if how.whole_logits else _score(model, side, how)
+            if how.whole_logits:
+                loss, of_side = _whole_logits(model, side)
+            else:
+                loss, of_side = _score(model, side, how, live)
+        logits = max(logits, of_side)
         total = loss if how.apart else total + loss
         activations = max(activations, live.now - live.gradients)
         if how.apart:
@@ -109,11 +125,11 @@ def _micro_batch(
     if not how.apart:
         forward = live.flops - before
         total.backward()
-    return forward, activations
+    return forward, activations, logits
 
 
-def _score(model: nn.Module, side: Side, how: Passes) -> Tensor:
-    """What scoring.score does, with as many positions as are scored, wherever they are."""
+def _score(model: nn.Module, side: Side, how: Passes, live: Live) -> tuple[Tensor, int]:
+    """Do what scoring.score does, with as many positions as are scored, wherever they are."""
     hidden = _hidden(model, side, how)
     with torch.no_grad():
         reference = _hidden(model, side, how) if side.reference else None
@@ -122,10 +138,13 @@ def _score(model: nn.Module, side: Side, how: Passes) -> Tensor:
     }
     head = _head(model)
     found = distributions(hidden, targets, head)
+    live.mark()
     if reference is None:
-        return torch.stack([one.token_logps().sum() for one in found.values()]).sum()
-    constant = distributions(reference, targets, head)
-    return torch.stack([found[a].kl_from(constant[a]).sum() for a in found]).sum()
+        losses = [one.token_logps().sum() for one in found.values()]
+    else:
+        constant = distributions(reference, targets, head)
+        losses = [one.kl_from(constant[answer]).sum() for answer, one in found.items()]
+    return torch.stack(losses).sum(), live.above_mark()
 
 
 def _hidden(model: nn.Module, side: Side, how: Passes) -> dict[Answer, Tensor]:
@@ -151,12 +170,11 @@ def _states(model: nn.Module, rows: int, width: int) -> Tensor:
     return outputs.float()  # accelerate does that to what leaves an autocast model
 
 
-def _whole_logits(model: nn.Module, side: Side) -> Tensor:
+def _whole_logits(model: nn.Module, side: Side) -> tuple[Tensor, int]:
     (shape,) = side.answers.values()
     ids = torch.zeros(shape.rows, shape.width, dtype=torch.int64)
     outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids.clone())
-    loss: Tensor = outputs.loss
-    return loss
+    return outputs.loss, outputs.logits.nbytes
 
 
 def _head(model: nn.Module) -> Head:

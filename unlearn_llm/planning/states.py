@@ -1,5 +1,6 @@
 """Bytes that an optimiser keeps for each parameter, by its name and its bits."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -86,12 +87,12 @@ def _pair(rest: int, in_codes: int, quantized: bool) -> float:
 def _of_trainer(optim: str, trained: Mapping[Any, int], embeddings: set[Any]) -> States:
     entries = sum(trained.values())
     if optim == "adafactor":  # rows and columns of matrices, whole vectors
-        kept = FLOAT * sum(_factored(p.shape) for p in trained)
-        return States(kept, kept, optim)
+        factors = float(FLOAT * sum(_factored(p.shape) for p in trained))
+        return States(factors, factors, optim)
     if optim in EIGHT:
         whole = sum(n for p, n in trained.items() if n < BNB_SMALLEST or p in embeddings)
-        kept = EIGHT[optim] * (FLOAT * whole + CODE * (entries - whole))
-        return States(kept, kept, optim)
+        codes = EIGHT[optim] * (FLOAT * whole + CODE * (entries - whole))
+        return States(codes, codes, optim)
     note = None
     if optim not in THIRTY_TWO:
         note = f"states of optim: {optim} are not known: 8 bytes per parameter are assumed"
@@ -103,7 +104,4 @@ def _factored(shape: tuple[int, ...]) -> int:
     if len(shape) < 2:
         return sum(shape)
     *outer, rows, columns = shape
-    many = 1
-    for size in outer:
-        many *= size
-    return many * (rows + columns)
+    return math.prod(outer) * (rows + columns)

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One thread per process: two busy OpenMP pools on the same cores slow each other down tenfold.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test slow check bench clean
+.PHONY: demo test slow check bench audit lock image clean
 
 demo: $(VENV)/ready
 	HF_HUB_OFFLINE=1 $(BIN)/unlearn demo
@@ -32,11 +32,31 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/ready: pyproject.toml constraints.txt
+# Known faults of what is pinned, from a database on the network. A package that it cannot be asked
+# about is a fault, too.
+audit: $(VENV)-audit/ready
+	$(VENV)-audit/bin/pip-audit --strict --disable-pip --require-hashes \
+		-r requirements/ci.lock -r requirements/cuda.lock
+
+lock:
+	requirements/lock.sh
+
+# Builds the image for CPUs and lets it run the demo without a network.
+image:
+	docker build -f docker/Dockerfile --target cpu -t unlearn_llm:cpu .
+	docker run --rm --network none unlearn_llm:cpu demo
+
+# Every file is compared with its hash, but for torch, whose build depends on the machine.
+$(VENV)/ready: pyproject.toml constraints.txt requirements/ci.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements/ci.lock
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[judges]" --group dev
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VENV)-audit/ready:
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet pip-audit==2.10.1
 	touch $@
 
 # Apart from the other one, because torchao prints warnings at every later import of transformers.
@@ -48,4 +68,4 @@ $(VENV)-bench/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-audit $(VENV)-bench build dist .pytest_cache .mypy_cache .ruff_cache

@@ -36,6 +36,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "evaluation/scores", "evaluation/journal", "evaluation/options", "evaluation/records",
         "evaluation/resampling", "evaluation/safety_metrics", "evaluation/statistics",
         "attacks/verdict",
+        "planning", "planning/hardware", "planning/live", "planning/states",
     ),
     2: (
         "dual_setup", "encode", "data_sets", "rows", "dataset", "models", "hidden", "scoring",
@@ -45,6 +46,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "evaluation/judges", "evaluation/lm_eval_data", "evaluation/provenance",
         "evaluation/readings", "evaluation/runner", "evaluation/safety_judges", "evaluation/scorer",
         "evaluation/trees", "evaluation/vllm_runner",
+        "planning/contentless", "planning/memory", "planning/simulation",
     ),
     3: (
         "config", "callbacks", "combining", "masking", "trainer", "finetune", "alternates",
@@ -59,7 +61,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     4: (
         "recipe", "recipe_check", "recipe_files", "published", "recipe_rows", "results", "pipeline",
         "evaluating", "comparing", "attacking", "cli", "cli_attack", "cli_merge", "cli_reports",
-        "cli_tasks", "merging",
+        "cli_plan", "cli_tasks", "merging",
         "cli_env", "cli_faults", "environment",
         "demo", "__init__", "__main__", "evaluation/report",
         "evaluation/during", "evaluation/figure", "evaluation/roc_figure",
@@ -70,6 +72,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "release", "release/card", "release/change", "release/folder", "release/scan",
         "leaderboard", "leaderboard/boards", "leaderboard/cells", "leaderboard/comparable",
         "leaderboard/formats", "leaderboard/methods", "leaderboard/published", "leaderboard/runs",
+        "planning/batches", "planning/plan",
     ),
 }  # fmt: skip
 LIBRARIES: dict[int, tuple[str, ...]] = {  # what a floor may use beyond the floors below it

@@ -225,7 +225,7 @@ def _line(title: str, row: dict[str, Any]) -> str:
 
 
 def _markdown(rows: dict[str, Any]) -> str:
-    head = "| setting | million weights | MiB planned | MiB measured | error | s/step planned | s/step |"
+    head = "| setting | million weights | MiB planned | MiB measured | error | s planned | s |"
     inside = sum(abs(row["error"]) <= WITHIN for row in rows.values())
     lines = [head, "|---" * 7 + "|", *(_line(title, row) for title, row in rows.items())]
     return "\n".join([*lines, "", f"{inside} of {len(rows)} within {WITHIN:.0%}."])

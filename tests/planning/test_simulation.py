@@ -21,14 +21,13 @@ def folder(tmp_path):
     def write(layers=2, family="llama", **settings):
         config = AutoConfig.for_model(
             family,
-            vocab_size=WORDS,
             hidden_size=HIDDEN,
             intermediate_size=INNER,
             num_hidden_layers=layers,
             num_attention_heads=HEADS,
             num_key_value_heads=HEADS,
             max_position_embeddings=64,
-            **{"tie_word_embeddings": False, **settings},
+            **{"vocab_size": WORDS, "tie_word_embeddings": False, **settings},
         )
         where = tmp_path / f"{family}{layers}"
         config.save_pretrained(where)
@@ -164,6 +163,15 @@ def test_other_architectures_need_no_word_here(folder, family, bf16):
     path = folder(family=family, pad_token_id=0, **settings)
     found = cost(path, how=Passes(bf16=bf16), bf16=bf16)
     assert found.peak > found.activations > 0
+
+
+def test_two_gradients_of_a_tied_weight_are_added_in_place(folder):
+    # Few tokens and a large weight, so that the end of the backward pass is the peak: the weight's
+    # gradients from the head and from the embedding, and nothing else of that size.
+    sides = [Side({"original": Shape(1, 4, 2)}, reference=False)]
+    found = cost(folder(tie_word_embeddings=True, vocab_size=50_000), sides)
+    of_weight = 50_000 * HIDDEN * FLOAT
+    assert 2 * of_weight < found.peak < 2.2 * of_weight
 
 
 def test_what_is_tied_is_one_weight(folder):

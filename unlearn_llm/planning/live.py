@@ -38,6 +38,8 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.now = self.gradients = self.peak = self.peak_without_gradients = self.flops = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._ends: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self._shapes: set[torch.Size] = set()
         self._kept = []
         self._marked = self._since = 0
         for tensor in before:
@@ -45,6 +47,7 @@ class Live(TorchDispatchMode):
             self._known.add(storage)
             self._kept.append(storage)
             if tensor.requires_grad and tensor.is_leaf:
+                self._shapes.add(tensor.shape)
                 tensor.register_post_accumulate_grad_hook(self._is_gradient)
 
     def __torch_dispatch__(
@@ -53,6 +56,8 @@ class Live(TorchDispatchMode):
         """Do the operation and look at what came of it."""
         result = func(*args, **(kwargs or {}))
         self.flops += _flops(func, args, kwargs or {}, result)
+        if func._overloadpacket is torch.ops.aten.add and self._adds_up_gradients(args[0]):
+            self._is_overwritten(args[0])
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
@@ -72,10 +77,20 @@ class Live(TorchDispatchMode):
             return
         self._known.add(storage)
         self.now += storage.nbytes()
-        weakref.finalize(storage, self._gone, storage.nbytes())
+        self._ends[storage] = weakref.finalize(storage, self._gone, storage.nbytes())
         self.peak = max(self.peak, self.now)
         self._since = max(self._since, self.now)
         self.peak_without_gradients = max(self.peak_without_gradients, self.now - self.gradients)
+
+    def _adds_up_gradients(self, tensor: Tensor) -> bool:
+        """Is this the second gradient of a tied weight, in a backward pass?"""
+        return tensor.shape in self._shapes and torch._C._current_graph_task_id() != -1
+
+    def _is_overwritten(self, tensor: Tensor) -> None:
+        """Let what is made of a tensor take its place, as autograd does with other than fakes."""
+        end = self._ends.pop(tensor.untyped_storage(), None)
+        if end is not None and end.detach():
+            self.now -= tensor.untyped_storage().nbytes()
 
     def _gone(self, n_bytes: int) -> None:
         self.now -= n_bytes

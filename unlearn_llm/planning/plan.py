@@ -30,6 +30,8 @@ from unlearn_llm.types import ROLES, Role
 # Vectors of the size of the trained weights that live between passes, beyond the gradient
 # (tests/test_combining.py measures them), and passes of a step by those of a joint one.
 VECTORS = {"surgery": 1, "pcgrad": 1, "mgda": 1, "ngdiff": 2, "blur": 1, "gru": 2, "ofmu": 6}
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+"""The old name of the setting and the new one."""
 BYTES_OF_WEIGHT = 2
 """Times that weights are read in a micro-batch: forward and backward."""
 
@@ -141,7 +143,7 @@ def _model(recipe: Recipe, mode: FakeTensorMode, gathered_in: str | None = None)
         mode,
         trainable=None if finetune else setting("trainable"),
         bf16=setting("bf16"),
-        checkpointing=setting("gradient_checkpointing"),
+        checkpointing=any(recipe.train.get(name) for name in CHECKPOINTING),
         masters=not finetune and gathered_in is None,
     )
 

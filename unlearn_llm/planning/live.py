@@ -38,6 +38,7 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.now = self.gradients = self.peak = self.peak_without_gradients = self.flops = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._gradients: weakref.WeakSet[Any] = weakref.WeakSet()
         self._ends: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self._shapes: set[torch.Size] = set()
         self._kept = []
@@ -98,9 +99,13 @@ class Live(TorchDispatchMode):
     def _is_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         storage = parameter.grad.untyped_storage()
-        if not hasattr(storage, "unlearn_counted"):
-            storage.unlearn_counted = True  # type: ignore[attr-defined]
+        if storage not in self._gradients:
+            self._gradients.add(storage)
             self.gradients += storage.nbytes()
+            weakref.finalize(storage, self._no_gradient, storage.nbytes())
+
+    def _no_gradient(self, n_bytes: int) -> None:
+        self.gradients -= n_bytes
 
 
 def _flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:

@@ -84,48 +84,50 @@ def simulate(model: nn.Module, mode: FakeTensorMode, sides: Sequence[Side], how:
         model: Made under `mode`, as it trains: dtypes, adapter, checkpointing.
         sides: By role that the step trains.
     """
+    done = []
     with mode:
-        tensors = [*model.parameters(), *model.buffers()]
-        live = Live(tensors)
+        live = Live([*model.parameters(), *model.buffers()])
         with live:
-            for _ in range(1 + how.accumulate):
-                before = live.flops
-                forward, activations, logits = _micro_batch(model, sides, how, live)
-        for parameter in model.parameters():
-            parameter.grad = None
+            for group in [[side] for side in sides] if how.apart else [sides]:
+                for _ in range(1 + how.accumulate):
+                    micro_batch = _micro_batch(model, group, how, live)
+                done.append(micro_batch)
+                for parameter in model.parameters():  # set aside by a combination
+                    parameter.grad = None
     return Cost(
-        activations,
-        logits,
+        max(one.activations for one in done),
+        max(one.logits for one in done),
         live.peak,
         live.peak_without_gradients,
-        forward,
-        live.flops - before,
+        sum(one.forward for one in done),
+        sum(one.flops for one in done),
     )
 
 
-def _micro_batch(
-    model: nn.Module, sides: Sequence[Side], how: Passes, live: Live
-) -> tuple[int, int, int]:
-    """Do the passes; give operations of the forward pass, bytes it leaves, bytes of logits."""
-    before, activations, forward, logits = live.flops, 0, 0, 0
-    total: Any = 0.0
+class _Done(NamedTuple):
+    """Of one micro-batch: bytes after the forward pass, bytes of logits, operations."""
+
+    activations: int
+    logits: int
+    forward: int
+    flops: int
+
+
+def _micro_batch(model: nn.Module, sides: Sequence[Side], how: Passes, live: Live) -> _Done:
+    """Do a forward pass of each side, and one backward pass."""
+    before, logits = live.flops, 0
+    losses = []
     for side in sides:
         with _autocast(how.bf16):
             if how.whole_logits:
                 loss, of_side = _whole_logits(model, side)
             else:
                 loss, of_side = _score(model, side, how, live)
+        losses.append(loss)
         logits = max(logits, of_side)
-        total = loss if how.apart else total + loss
-        activations = max(activations, live.now - live.gradients)
-        if how.apart:
-            forward += live.flops - before
-            total.backward()
-            before, total = live.flops, 0.0
-    if not how.apart:
-        forward = live.flops - before
-        total.backward()
-    return forward, activations, logits
+    activations, forward = live.now - live.gradients, live.flops - before
+    torch.stack(losses).sum().backward()
+    return _Done(activations, logits, forward, live.flops - before)
 
 
 def _score(model: nn.Module, side: Side, how: Passes, live: Live) -> tuple[Tensor, int]:

@@ -143,6 +143,17 @@ def test_the_optimisers_step_may_be_the_worst_moment():
     assert masked.moment == "optimiser step"
 
 
+def test_gradients_set_aside_count_in_the_passes_that_come_after():
+    # The cost of the passes knows of the first vector; others are there all the time.
+    cost = COST._replace(peak=9000)
+    assert memory(Held(MODEL, 8000, vectors=4000), cost, None, 1).peak == 4000 + 8000 + 9000
+    of_two = memory(Held(MODEL, 8000, vectors=8000), cost, None, 1)
+    assert of_two.peak == 4000 + 8000 + 4000 + 9000
+    assert of_two.parts["combination"] == 8000
+    # Both gradients are there when the last pass is done, whatever it took.
+    assert memory(Held(MODEL, 8000, vectors=4000), COST, None, 1).peak == 4000 + 8000 + 8000
+
+
 # Time.
 
 

@@ -136,6 +136,16 @@ def test_both_sides_of_a_joint_step_are_alive_together(folder):
     assert joint.flops == apart.flops == 2 * one.flops
 
 
+def test_gradients_of_the_first_pass_stay_through_the_second(folder):
+    long, short = (Side({"original": Shape(3, width, 9)}, reference=False) for width in (60, 20))
+    weights = cost(folder(), [short], Passes(accumulate=True))
+    gradients = weights.peak - weights.without_gradients
+    alone = cost(folder(), [long]).peak
+    assert cost(folder(), [short, long], Passes(apart=True)).peak == alone + gradients
+    # The other way round the larger pass is done before there is anything to keep.
+    assert cost(folder(), [long, short], Passes(apart=True)).peak < alone + gradients
+
+
 def test_a_reference_is_one_more_forward_pass(folder):
     with_it = cost(folder(), [Side({"original": SHAPE}, reference=True)])
     without = cost(folder())

@@ -58,7 +58,7 @@ class Held:
 
     Attributes:
         reference: A frozen copy of the model.
-        vectors: What a combination keeps between passes.
+        vectors: What a combination keeps between passes, if any with the gradients of the first.
         mask: One byte per entry that trains.
     """
 
@@ -114,7 +114,8 @@ def memory(held: Held, cost: Cost, engine: Engine | None, ranks: int) -> Memory:
     }
     passing = ("gradients", "activations", "logits", "temporaries")
     stays = sum(size for name, size in parts.items() if name not in passing)
-    backward = stays + cost.peak
+    # The gradients of the first pass are there in the second only, as `cost` knows.
+    backward = stays + cost.peak - min(held.vectors, held.gradients)
     if parts["gradients"] < held.gradients:  # spread, they are never whole
         backward = stays + cost.without_gradients + parts["gradients"]
     # A mask puts held entries back after the step, from a copy.

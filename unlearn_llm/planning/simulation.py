@@ -74,7 +74,7 @@ class Passes:
     whole_logits: bool = False
     """Is it a fine-tuning step of the plain Trainer, with the logits of all positions?"""
     apart: bool = False
-    """Has each side a backward pass of its own?"""
+    """Has each side a backward pass of its own? Its gradients then stay through the next."""
 
 
 def simulate(model: nn.Module, mode: FakeTensorMode, sides: Sequence[Side], how: Passes) -> Cost:
@@ -84,7 +84,7 @@ def simulate(model: nn.Module, mode: FakeTensorMode, sides: Sequence[Side], how:
         model: Made under `mode`, as it trains: dtypes, adapter, checkpointing.
         sides: By role that the step trains.
     """
-    done = []
+    done, aside = [], []
     with mode:
         live = Live([*model.parameters(), *model.buffers()])
         with live:
@@ -92,7 +92,8 @@ def simulate(model: nn.Module, mode: FakeTensorMode, sides: Sequence[Side], how:
                 for _ in range(1 + how.accumulate):
                     micro_batch = _micro_batch(model, group, how, live)
                 done.append(micro_batch)
-                for parameter in model.parameters():  # set aside by a combination
+                for parameter in model.parameters():
+                    aside.append(parameter.grad)  # as a combination does
                     parameter.grad = None
     return Cost(
         max(one.activations for one in done),

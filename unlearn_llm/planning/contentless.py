@@ -15,8 +15,8 @@ from unlearn_llm.models import (
     add_lora,
     is_adapter,
     keep_float32_masters,
-    new_config,
     model_config,
+    new_config,
     select_trainable,
 )
 from unlearn_llm.shared_base import base_of

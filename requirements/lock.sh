@@ -23,7 +23,7 @@ import json, sys
 
 with open(sys.argv[1]) as file:
     found = json.load(file)["install"]
-linux_only = {"triton"}
+linux_only = {"deepspeed", "triton"}
 for one in sorted(found, key=lambda one: one["metadata"]["name"].lower()):
     name, version = one["metadata"]["name"], one["metadata"]["version"]
     marker = " ; sys_platform == 'linux'" if name in linux_only else ""

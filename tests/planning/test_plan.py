@@ -262,6 +262,7 @@ def test_the_command_prints_json_alone(recipe, unlearn, tmp_path):
         (["--engine", "fsdp2"], "give --processes of 2 or more"),
         (["--engine", "zero4", "--processes", "2"], "--engine: expected ddp, fsdp2, zero1"),
         (["model.path=./absent"], "there is no folder ./absent"),
+        (["model.four_bit={}", "model.lora={r: 2}"], "4-bit weights cannot be planned"),
     ],
 )
 def test_a_mistake_is_one_line(recipe, unlearn, tmp_path, options, message):
@@ -288,6 +289,9 @@ def test_an_adapter_that_is_trained_further_is_planned_on_its_base(recipe, tmp_p
     made = contentless(ModelSettings(path=str(tmp_path / "adapter")), FakeTensorMode())
     trained = sum(p.numel() for p in made.parameters() if p.requires_grad)
     assert trained == 2 * 2 * (32 + 32)
+    on_base = ModelSettings(path=str(tmp_path / "model"), adapter=str(tmp_path / "adapter"))
+    made = contentless(on_base, FakeTensorMode())
+    assert trained == sum(p.numel() for p in made.parameters() if p.requires_grad)
     # Its base with the adapter switched off is not the model at the start: a copy is needed.
     made = recipe({"path": str(tmp_path / "adapter")}, schedule="joint", objective="npo+kl")
     parts = plan(made, H100, length=20).memory.parts

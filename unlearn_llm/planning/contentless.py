@@ -8,18 +8,18 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
+from unlearn_llm.errors import UserError
 from unlearn_llm.models import (
     DTYPES,
     ModelSettings,
     adapter_config,
     add_lora,
-    is_adapter,
+    base_and_adapter,
     keep_float32_masters,
     model_config,
     new_config,
     select_trainable,
 )
-from unlearn_llm.shared_base import base_of
 
 
 def contentless(
@@ -40,9 +40,14 @@ def contentless(
     Raises:
         UserError: there is no config.json, or no model can be made of it.
     """
-    adapter = adapter_config(settings) if is_adapter(settings) else None
+    if settings.four_bit is not None:
+        raise UserError(
+            "model.four_bit: 4-bit weights cannot be planned; without it the plan is too large."
+        )
+    base, trained = (settings, None) if settings.new is not None else base_and_adapter(settings)
+    adapter = None if trained is None else adapter_config(trained)
     with torch.device("meta"):
-        model: Any = _from_config(settings)
+        model: Any = _from_config(base)
         if adapter is not None:
             adapter.inference_mode = False
             model = get_peft_model(model, adapter)
@@ -63,8 +68,7 @@ def contentless(
 def _from_config(settings: ModelSettings) -> Any:
     if settings.new is not None:
         return AutoModelForCausalLM.from_config(new_config(settings.new), dtype=torch.float32)
-    base = base_of(settings)
-    config = model_config(base)
+    config = model_config(settings)
     dtype = DTYPES.get(settings.dtype) or config.dtype or torch.float32
     attention = {"attn_implementation": settings.attention} if settings.attention else {}
     return AutoModelForCausalLM.from_config(

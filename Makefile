@@ -36,10 +36,10 @@ check: $(VENV)/ready
 # about is a fault, too.
 audit: $(VENV)-audit/ready
 	$(VENV)-audit/bin/pip-audit --strict --disable-pip --require-hashes \
-		-r requirements/ci.lock -r requirements/cuda.lock
+		-r docker/locks/ci.lock -r docker/locks/cuda.lock
 
 lock:
-	requirements/lock.sh
+	docker/locks/lock.sh
 
 # Builds the image for CPUs and lets it run the demo without a network.
 image:
@@ -47,9 +47,9 @@ image:
 	docker run --rm --network none unlearn_llm:cpu demo
 
 # Every file is compared with its hash, but for torch, whose build depends on the machine.
-$(VENV)/ready: pyproject.toml constraints.txt requirements/ci.lock
+$(VENV)/ready: pyproject.toml constraints.txt docker/locks/ci.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements/ci.lock
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r docker/locks/ci.lock
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@

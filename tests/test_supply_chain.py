@@ -19,7 +19,7 @@ HASH = re.compile(r"^    --hash=sha256:[0-9a-f]{64}( \\)?$")
 
 def pins(name: str) -> dict[str, Version]:
     """The versions of a lock; every line must be a pin, a hash or the heading."""
-    lines = (ROOT / "requirements" / f"{name}.lock").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "docker" / "locks" / f"{name}.lock").read_text(encoding="utf-8").splitlines()
     found: dict[str, Version] = {}
     hashes = 0
     for line in lines[1:]:
@@ -135,7 +135,7 @@ def test_what_the_image_needs_is_let_in_and_nothing_else():
     for name in ("pyproject.toml", "README.md", "LICENSE", "unlearn_llm", "recipes", "eval"):
         assert name in let_in  # what the wheel is built of
     for line in (line for lines in stages().values() for line in lines):
-        if line.startswith("COPY requirements"):
+        if line.startswith("COPY docker/locks"):
             assert any(fnmatch(line.split()[1], rule) for rule in let_in)
     for name in (".git", "outputs", "tests"):
         assert not any(fnmatch(name, rule) for rule in let_in)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Pin what demo, image and CI install, with the hashes of every file that the index has of it:
 #
-#   requirements/lock.sh       (make lock; a network, pip and uv; versions are constraints.txt's)
+#   docker/locks/lock.sh       (make lock; a network, pip and uv; versions are constraints.txt's)
 #
 # torch is left out: its build depends on the machine, and so do its hashes. cuda.lock has the
 # build of the index, for the image with CUDA.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
@@ -35,10 +35,10 @@ PY
 # Hashes of all files of each, whatever the platform.
 pin() {
   {
-    echo "# $2 Made by requirements/lock.sh; do not edit."
+    echo "# $2 Made by docker/locks/lock.sh; do not edit."
     "$bin/uv" pip compile --quiet --no-deps --universal --generate-hashes --no-header \
       --no-annotate "$work/$1"
-  } >"requirements/$1.lock"
+  } >"docker/locks/$1.lock"
 }
 
 resolve demo . hatchling editables

@@ -161,6 +161,7 @@ LISTED = [
             needs=("target", "gold", *RUN)),
     Command("requests", ("requests", "second"), needs=("second request",)),
     Command("release", ("release", "second", "released"), needs=("second request",)),
+    Command("merge", ("merge", "lora", "merged"), needs=("lora",)),
     Command("env", ("env",), needs=()),
     Command("list", ("list",), needs=()),
     Command("show", ("show", "DATA/unlearn.yaml"), needs=()),

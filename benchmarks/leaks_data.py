@@ -46,6 +46,7 @@ def make(folder: Path) -> Planted:
         ("real_authors_perturbed", facts),
         ("world_facts_perturbed", facts),
         ("holdout10", facts),
+        ("second", retain[1::4]),
     ):
         _write(folder / f"{name}.json", rows)
     _faulty(folder, forget)

@@ -219,7 +219,7 @@ def adding(self, answers):
         os._exit(1)
 Journal.add = adding
 run(folder)
-print("added", sum(added))
+print("added", sum(added), flush=True)
 torch.distributed.barrier()  # gloo aborts where a neighbour has left already
 torch.distributed.destroy_process_group()
 """

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from unlearn_llm import cli, recipe_files
+from unlearn_llm.cli_faults import fail
 from unlearn_llm.evaluation.generator import Generator
 from unlearn_llm.evaluation.scorer import Scorer
 
@@ -90,7 +91,7 @@ def test_help_imports_neither_torch_nor_transformers():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     commands = ("train", "finetune", "eval", "compare", "demo", "list", "show", "copy")
-    for command in (*commands, "leaderboard", "plot", "export", "import"):
+    for command in (*commands, "leaderboard", "plot", "export", "import", "env"):
         assert f"  {command} " in done.stdout
 
 
@@ -179,7 +180,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(unlearn, tmp_path, monkeypatch, a
 
 def test_control_characters_are_escaped(capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli._fail("a\x1b[31m\nb", 2)
+        fail("a\x1b[31m\nb", 2)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: a\\x1b[31m\\nb\n"
 

@@ -1,8 +1,10 @@
 """Forget texts, tokens and pickles stay where they belong: messages, uploads, loaded files."""
 
+import errno
 import json
 import pickle
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +38,17 @@ def test_private_files_are_their_owners_from_the_first_byte(tmp_path):
         file.write(SECRET)
     assert folder.stat().st_mode & 0o777 == 0o700
     assert tmp_path.joinpath("run").stat().st_mode & 0o055
+
+
+def test_a_folder_that_cannot_be_closed_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "private").mkdir(mode=0o755)
+
+    def refuse(path, mode):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    with pytest.raises(UserError, match=r"cannot be closed to other users \(Operation not"):
+        private_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -134,9 +147,15 @@ def test_a_run_is_not_pushed_to_the_hub(tmp_path, monkeypatch):
         Recipe.load("synthetic/unlearn", ["train.push_to_hub=true"])
 
 
-def test_a_saved_model_has_no_pickle_and_no_token_beside_it(tmp_path):
+def test_a_saved_model_has_no_pickle_and_no_token_beside_it(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path / "run", hub_token="hf_a_secret")
+    pickled = []
+    save = torch.save
+    monkeypatch.setattr(
+        torch, "save", lambda what, file: (pickled.append(what.hub_token), save(what, file))
+    )
     trainer.save_model(str(tmp_path / "saved"))
+    assert pickled == [None] and trainer.args.hub_token == "hf_a_secret"
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"model.safetensors", "training_args.json"} <= {path.name for path in files}
     for path in files:

@@ -40,7 +40,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     2: (
         "dual_setup", "encode", "data_sets", "rows", "dataset", "models", "hidden", "scoring",
         "reference", "progress", "gumbel", "negate", "shared_base", "undisturbed",
-        "checkpoints",
+        "checkpoints", "folders", "launch", "ledger", "model_files",
         "evaluation/batching", "evaluation/cache", "evaluation/generator", "evaluation/gradients",
         "evaluation/judges", "evaluation/lm_eval_data", "evaluation/provenance",
         "evaluation/readings", "evaluation/runner", "evaluation/safety_judges", "evaluation/scorer",
@@ -59,11 +59,14 @@ FLOORS: dict[int, tuple[str, ...]] = {
     4: (
         "recipe", "recipe_check", "recipe_files", "published", "results", "pipeline",
         "evaluating", "comparing", "attacking", "cli", "cli_attack", "cli_reports", "cli_tasks",
+        "cli_env", "cli_faults", "environment",
         "demo", "__init__", "__main__", "evaluation/report",
         "evaluation/during", "evaluation/figure", "evaluation/roc_figure",
         "evaluation/trade_off",
+        "continuing", "cli_requests",
         "exchange", "exchange/commands", "exchange/losses", "exchange/model_index",
         "exchange/open_unlearning", "exchange/tofu_csv",
+        "release", "release/card", "release/change", "release/folder", "release/scan",
         "leaderboard", "leaderboard/boards", "leaderboard/cells", "leaderboard/comparable",
         "leaderboard/formats", "leaderboard/methods", "leaderboard/published", "leaderboard/runs",
     ),

@@ -197,7 +197,7 @@ def test_a_full_disk_at_the_final_save_keeps_the_checkpoints(monkeypatch):
     ],
 )
 def test_the_exit_code_says_what_happened(monkeypatch, capsys, error, code):
-    def command():
+    def command(**keywords):
         raise error
 
     monkeypatch.setattr(cli, "app", command)

@@ -123,6 +123,30 @@ def test_cells_that_the_csv_reader_may_refuse_give_rows_or_an_answer(tmp_path, c
         assert "a.csv, line 2" in str(error)
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.parquet"])
+def test_what_is_too_large_to_be_read_at_once_is_refused(tmp_path, name, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    many = [{"question": "Who?", "answer": "She. " * 1000}] * 100  # much smaller when packed
+    if name == "a.json":
+        write(tmp_path / name, json.dumps(many))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(many), tmp_path / name)
+    assert len(read_file(tmp_path / name)) == 100
+    size = (tmp_path / name).stat().st_size
+    monkeypatch.setattr("unlearn_llm.rows.MAX_BYTES", min(size - 1, 3000))
+    with pytest.raises(UserError, match=rf"{name}: \d+ bytes at once.*Write it as \.jsonl"):
+        read_file(tmp_path / name)
+
+
+def test_a_line_is_read_no_further_than_it_may_be_long(tmp_path, monkeypatch):
+    file = write(tmp_path / "a.jsonl", json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1]))
+    monkeypatch.setattr("unlearn_llm.rows.MAX_LINE", len(json.dumps(ROWS[1])) - 1)
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: expected at most"):
+        read_file(file)
+
+
 # Layouts.
 
 

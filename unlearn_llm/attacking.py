@@ -19,6 +19,9 @@ from unlearn_llm.errors import UserError
 from unlearn_llm.evaluating import FROM_RUN
 from unlearn_llm.evaluation.provenance import describe_model, versions
 from unlearn_llm.evaluation.records import write_json
+from unlearn_llm.folders import alone, check_output, take
+from unlearn_llm.launch import check_launch
+from unlearn_llm.model_files import check_model
 from unlearn_llm.models import ModelSettings, load_model, load_tokenizer
 from unlearn_llm.private import private_folder
 from unlearn_llm.recipe import DataSettings, Recipe
@@ -60,6 +63,7 @@ class Request:
     max_new_tokens: int = 200
 
 
+@alone()
 def attack_models(request: Request) -> dict[str, Details]:
     """Attack gold and the models; write attacks.json of each; give their contents by model.
 
@@ -68,6 +72,8 @@ def attack_models(request: Request) -> dict[str, Details]:
     Raises:
         UserError: before the first weights are loaded, if the mistake is in what was given.
     """
+    check_launch()
+    check_output(request.output, "--output")
     if PartialState().num_processes > 1:
         raise UserError("unlearn attack runs in one process; start it without a launcher.")
     attacks = _options(request)
@@ -78,6 +84,10 @@ def attack_models(request: Request) -> dict[str, Details]:
         name: _subject(name, request, sources)
         for name in dict.fromkeys([*request.models, *filter(None, [request.gold])])
     }
+    for name in request.models:
+        take(request.output / folder_name(str(Path(name))))
+    if request.gold is not None:
+        take(request.output / GOLD)
     findings: dict[str, Findings] = {}
     gold = None
     if request.gold is not None:
@@ -221,9 +231,9 @@ def _subject(name: str, request: Request, sources: DataSettings) -> Subject:
     model, data = _settings(name, request)
     has_run = (Path(name).expanduser() / RECIPE_FILE).is_file()
     data = data if has_run else sources  # gold is asked in the words of the first model
-    encoder = Encoder(
-        load_tokenizer(model), data.template, data.max_length, data.truncate, data.system
-    )
+    tokenizer = load_tokenizer(model)
+    check_model(model, tokenizer)
+    encoder = Encoder(tokenizer, data.template, data.max_length, data.truncate, data.system)
     device = PartialState().device
     return Subject(
         lambda: load_model(model).to(device), encoder, max_new_tokens=request.max_new_tokens

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unlearn_llm import cli_attack, cli_reports, recipe_files
-from unlearn_llm.errors import DISK_FULL, NonFiniteError, Preempted, UserError, WriteError
+from unlearn_llm import cli_attack, cli_env, cli_reports, cli_requests, recipe_files
+from unlearn_llm.cli_faults import told_in_one_line
+from unlearn_llm.errors import UserError
 from unlearn_llm.safe_text import printable
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_reports.commands)
 app.add_typer(cli_attack.commands)
+app.add_typer(cli_env.commands)
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file, or a name.")]
 Overrides = Annotated[
@@ -51,16 +53,12 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())
     # Said at every import on some CPUs, of a kernel that only 4-bit training there would use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    try:
-        app()
-    except (UserError, NonFiniteError, WriteError, Preempted) as error:
-        _fail(str(error), error.exit_code)
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        _fail(f"{error}. Make room and go on; what was finished is on the disk.", 5)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+    with told_in_one_line():
+        code = app(standalone_mode=False)
+        if code == 130:  # typer has caught Ctrl-C
+            raise KeyboardInterrupt
+        sys.stdout.flush()  # here, where a reader that has gone is no fault
+        sys.exit(code or 0)
 
 
 @app.command()
@@ -69,10 +67,11 @@ def train(
     overrides: Overrides = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    continue_from: cli_requests.ContinueFrom = None,
     as_json: AsJson = False,
 ) -> None:
     """Unlearn as a recipe says, and evaluate if it asks for that."""
-    loaded = _load(recipe, overrides, resume, overwrite)
+    loaded = _load(recipe, cli_requests.continued(continue_from, overrides), resume, overwrite)
     from unlearn_llm.pipeline import run_train
 
     with _stdout_for_json(as_json):
@@ -307,7 +306,7 @@ def _show_run(recipe: "Recipe", run: "Run", as_json: bool) -> None:
         within = f" (+-{score.tolerance:g})" if score.tolerance is not None else ""
         verdict = {True: ": reached", False: ": not reached", None: ""}[score.reached]
         print(f"{score.name} {ours}, published {score.published:g}{within}{verdict}")
-    print(f"wrote {run.folder}")
+    print(f"wrote {printable(str(run.folder))}")
 
 
 def _show_scores(
@@ -358,15 +357,3 @@ def _stdout_for_json(as_json: bool) -> Iterator[None]:
 def _is_first_process() -> bool:
     """Is this the process that speaks? (accelerate launch and torchrun set RANK)."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    """Say what is wrong in one line, control characters escaped."""
-    line = printable(message)
-    if "tqdm" in sys.modules:  # a bar may stand where the line has to go
-        from tqdm import tqdm
-
-        tqdm.write(f"error: {line}", file=sys.stderr)
-    else:
-        print(f"error: {line}", file=sys.stderr)
-    sys.exit(code)

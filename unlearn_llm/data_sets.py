@@ -50,7 +50,13 @@ def hub_address(data_set: str, name: str) -> str:
             "their folder (folder=...)."
         )
     parts = name.split("/")
-    return found.hub.format(*parts, corpus=parts[0].capitalize())
+    try:
+        return found.hub.format(*parts, corpus=parts[0].capitalize())
+    except IndexError as error:
+        raise UserError(
+            f"{data_set}/{name} names no file of the {found.title} data; expected more parts, as "
+            "in muse/news/verbmem/forget."
+        ) from error
 
 
 def find_file(data_set: str, folder: Path, name: str, suffixes: Collection[str]) -> Path:
@@ -65,6 +71,8 @@ def find_file(data_set: str, folder: Path, name: str, suffixes: Collection[str])
     title = DATA_SETS[data_set].title
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder} with {title}'s files (data.folder).")
+    if {"", ".", ".."} & set(name.split("/")):
+        raise UserError(f"{data_set}/{name}: expected a name such as {data_set}/forget10.")
     for where in (folder.glob, folder.rglob):
         found = sorted(path for suffix in suffixes for path in where(f"{name}{suffix}"))
         if len(found) > 1:

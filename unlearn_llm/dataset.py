@@ -31,11 +31,13 @@ def read_refusals(path: str | Path | None = None) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}).") from error
+        raise UserError(
+            f"{path}: not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error
     lines = [line.strip() for line in text.splitlines()]
     refusals = [line for line in lines if line]
     if not refusals:
-        raise UserError(f"{path} holds no refusal answers.")
+        raise UserError(f"{path} holds no refusal answers. Write one per line.")
     return refusals
 
 

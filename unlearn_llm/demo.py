@@ -21,6 +21,7 @@ from unlearn_llm.evaluation.records import Record, write_json, write_whole
 from unlearn_llm.evaluation.report import side_by_side
 from unlearn_llm.evaluation.suite import Suite
 from unlearn_llm.finetune import FinetuneConfig, finetune
+from unlearn_llm.folders import check_output
 from unlearn_llm.models import NewModel, new_model, new_tokenizer
 from unlearn_llm.rows import QA, load_rows, to_pairs
 from unlearn_llm.trainer import UnlearnTrainer
@@ -58,6 +59,7 @@ def run_demo(output: Path) -> dict[str, Any]:
     Returns:
         {"rows": {name: {score: value or None}}, "seconds": {stage: s}}.
     """
+    check_output(output, "--output")
     demo = Demo(output, Console())
     logging.set_verbosity_error()
     torch.manual_seed(0)

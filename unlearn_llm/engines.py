@@ -107,6 +107,17 @@ def check_engine(
         )
 
 
+def check_arguments(args: "UnlearnConfig") -> None:
+    """Do `check_engine` by the arguments alone."""
+    check_engine(
+        args,
+        args.build_objective(),
+        combination=args.build_combination(),
+        combine=args.combine,
+        mask=args.mask,
+    )
+
+
 def check_kind(args: TrainingArguments) -> Engine:
     """Refuse engines that were never tried, and those that could not save the model.
 

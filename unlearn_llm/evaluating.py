@@ -18,6 +18,8 @@ from unlearn_llm.evaluation.records import SCORES, read_records
 from unlearn_llm.evaluation.report import read_details
 from unlearn_llm.evaluation.strict import validated
 from unlearn_llm.evaluation.suite import Suite, as_plain
+from unlearn_llm.folders import check_output
+from unlearn_llm.model_files import check_model
 from unlearn_llm.models import ModelSettings, load_tokenizer
 from unlearn_llm.pipeline import run_evaluate
 from unlearn_llm.recipe import DataSettings, Recipe
@@ -54,10 +56,13 @@ def evaluate_models(
     suite = suite or DEFAULT_SUITE
     names = list({str(Path(name)): name for name in models}.values())
     prepared = {name: _prepare(name, suite, overrides) for name in names}
+    for model, _, _ in prepared.values():
+        check_model(model, load_tokenizer(model))
     if reference is not None:
         read_records(reference)
     folders = {name: output / suite_name(suite) / folder_name(str(Path(name))) for name in names}
     for folder in folders.values():
+        check_output(folder, "--output")
         if (folder / SCORES).is_file() and not overwrite:
             raise UserError(
                 f"{folder} holds the scores of an earlier evaluation. Give --overwrite to replace "

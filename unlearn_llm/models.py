@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -53,6 +52,9 @@ class ModelSettings:
 
     path: str | None = None
     """Local folder or hub id."""
+    continued: bool = False
+    """`path` is a finished run of `unlearn train`, and this run the next request: what was
+    forgotten before is kept out of the retain set (`unlearn train --continue-from RUN`)."""
     tokenizer: str | None = None
     """Take the tokenizer from this folder or hub id; null: from `path`."""
     new: NewModel | None = None
@@ -77,7 +79,10 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     if settings.tokenizer is not None:
         settings = replace(settings, path=settings.tokenizer, revision=None)
     tokenizer = _from_pretrained(
-        AutoTokenizer.from_pretrained, settings, trust_remote_code=settings.trust_remote_code
+        AutoTokenizer.from_pretrained,
+        settings,
+        what="the tokenizer (tokenizer.json, tokenizer_config.json) of ",
+        trust_remote_code=settings.trust_remote_code,
     )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -90,11 +95,18 @@ def context_length(settings: ModelSettings) -> int | None:
         return settings.new.context
     if is_adapter(settings):
         return None
-    config = _from_pretrained(
-        AutoConfig.from_pretrained, settings, trust_remote_code=settings.trust_remote_code
-    )
-    found: int | None = config.to_dict().get("max_position_embeddings")
+    found: int | None = model_config(settings).to_dict().get("max_position_embeddings")
     return found
+
+
+def model_config(settings: ModelSettings) -> Any:
+    """Read the config.json of a model."""
+    return _from_pretrained(
+        AutoConfig.from_pretrained,
+        settings,
+        what="config.json of ",
+        trust_remote_code=settings.trust_remote_code,
+    )
 
 
 def is_adapter(settings: ModelSettings) -> bool:
@@ -136,7 +148,9 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
 
 def adapter_config(settings: ModelSettings) -> PeftConfig:
     """Read what an adapter's folder says about it."""
-    config: PeftConfig = _from_pretrained(PeftConfig.from_pretrained, settings)
+    config: PeftConfig = _from_pretrained(
+        PeftConfig.from_pretrained, settings, what="adapter_config.json (peft_type ...) of "
+    )
     return config
 
 
@@ -152,16 +166,22 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings) -> Any:
     """Wrap a model in a fresh LoRA adapter; only the adapter trains."""
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-        ),
-    )
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                task_type="CAUSAL_LM",
+                r=lora.r,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=lora.target_modules,
+            ),
+        )
+    except ValueError as error:
+        raise UserError(
+            f"model.lora: {str(error).splitlines()[0]} Correct lora.r, or lora.target_modules, "
+            "such as q_proj, or all-linear."
+        ) from error
 
 
 def new_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -275,7 +295,9 @@ def _check_adapter(settings: ModelSettings) -> None:
         )
 
 
-def _from_pretrained(load: Callable[..., Any], settings: ModelSettings, **keywords: Any) -> Any:
+def _from_pretrained(
+    load: Callable[..., Any], settings: ModelSettings, what: str = "", **keywords: Any
+) -> Any:
     """Load from a folder or the hub; what goes wrong becomes one line."""
     if settings.path is None:
         raise UserError("model.path is missing: give a local folder or a hub id.")
@@ -289,6 +311,9 @@ def _from_pretrained(load: Callable[..., Any], settings: ModelSettings, **keywor
             revision=settings.revision or "main",
             **keywords,
         )
-    except (OSError, ValueError, TypeError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model.path: cannot load {settings.path!r}: {reason}") from error
+    except Exception as error:  # readers of files raise a dozen unrelated types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
+        advice = f"Check {'model.extra, ' if settings.extra else ''}the folder or the id."
+        raise UserError(
+            f"model.path: cannot load {what}{settings.path!r}: {reason}. {advice}"
+        ) from error

@@ -8,6 +8,7 @@ Differs: no difference. The paper chooses alpha between 0 and 1 on validation da
 """
 
 import json
+import math
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -89,6 +90,8 @@ def negate(base: Path, finetuned: Path, output: Path, alpha: float = 1.0) -> Non
     """
     if output.exists():
         raise UserError(f"{output} exists; give a new folder.")
+    if not math.isfinite(alpha):
+        raise UserError(f"--alpha is {alpha}, expected a finite number such as 1.")
     is_adapter = (finetuned / ADAPTER_CONFIG).is_file()
     with ExitStack() as stack:
         after = Weights(finetuned, stack)

@@ -4,7 +4,8 @@ Everything cheap comes first (names, files, rows, tokens, folders), so that a mi
 seconds; weights are loaded last.
 
 A results folder holds the model and the tokenizer, recipe.yaml, trainer_state.json, checkpoints,
-and evaluation/ with records.jsonl and scores.json. Texts are in evaluation/private/ only.
+evaluation/ with records.jsonl and scores.json (texts are in evaluation/private/ only), and of an
+unlearning run requests.jsonl (ledger.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,10 +21,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from unlearn_llm.alternates import alternate_answers, write_pairs
-from unlearn_llm.config import UnlearnConfig
+from unlearn_llm.continuing import Request
 from unlearn_llm.dataset import read_refusals
 from unlearn_llm.encode import Encoder, check_context
-from unlearn_llm.engines import check_engine, check_kind
+from unlearn_llm.engines import check_arguments, check_kind
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.during import DuringTraining
 from unlearn_llm.evaluation.evaluate import Evaluation, evaluate
@@ -31,6 +32,9 @@ from unlearn_llm.evaluation.records import read_records
 from unlearn_llm.evaluation.suite import Suite
 from unlearn_llm.evaluation.trade_off import EVALUATION
 from unlearn_llm.finetune import finetune
+from unlearn_llm.folders import alone, check_output, take
+from unlearn_llm.launch import check_launch, check_packages
+from unlearn_llm.model_files import check_model
 from unlearn_llm.models import (
     ModelSettings,
     context_length,
@@ -48,6 +52,7 @@ from unlearn_llm.results import (
     saved_evaluation,
     saved_log,
     saved_model,
+    standing_of,
 )
 from unlearn_llm.rows import QA, check_disjoint, load_rows, split_tasks, to_pairs
 from unlearn_llm.saving import SavingTrainer
@@ -71,6 +76,7 @@ class Run(NamedTuple):
 
 
 @listening()
+@alone()
 def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Run:
     """Fine-tune a model, or train a new one, as a recipe of kind finetune says.
 
@@ -79,6 +85,7 @@ def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     """
     if recipe.kind != "finetune":
         raise UserError(f"{recipe.name} is a recipe to unlearn: use `unlearn train`.")
+    check_launch()
     check_folder(recipe, resume, overwrite)
     suite = _suite(recipe)
     data = recipe.data
@@ -88,11 +95,13 @@ def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
         tokenizer: Any = new_tokenizer(texts, recipe.model.new.vocabulary)
     else:
         tokenizer = load_tokenizer(recipe.model)
+        check_model(recipe.model, tokenizer)
     encoder = _encoder(tokenizer, data)
     _check_encodes(encoder, pairs, "the training rows", recipe.model)
     args = recipe.arguments()
+    check_packages(args)
     check_kind(args)
-    standing = begin(recipe, resume)
+    standing = standing_of(recipe, resume)
     if standing.trained:
         return _go_on(recipe, suite, encoder)
     args.resume_from_checkpoint = standing.checkpoint
@@ -102,11 +111,13 @@ def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
         set_seed(args.seed)  # a fresh adapter is random
         model = load_model(recipe.model)
     kept = _Kept(model)
+    begin(recipe, resume)
     trainer = finetune(model, tokenizer, pairs, encoder, args)
     return _finish(trainer, recipe, kept, suite, encoder)
 
 
 @listening()
+@alone()
 def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Run:
     """Unlearn as a recipe says, and evaluate if it asks for that.
 
@@ -120,23 +131,31 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
     """
     if recipe.kind != "unlearn":
         raise UserError(f"{recipe.name} is a recipe to fine-tune: use `unlearn finetune`.")
+    check_launch()
     check_folder(recipe, resume, overwrite)
     suite = _suite(recipe)
     refusals = read_refusals(recipe.data.refusals)
+    args: Any = recipe.arguments()
+    check_arguments(args)
     forget, retain = forget_and_retain(recipe.data)
+    request = Request(recipe, forget, resume=resume)
+    retain = request.keep_out(retain)
     check_disjoint(forget, retain, recipe.data.allow_overlap)
     tokenizer = load_tokenizer(recipe.model)
+    check_model(recipe.model, tokenizer)
     encoder = _encoder(tokenizer, recipe.data)
     _check_encodes(encoder, forget, "the forget set", recipe.model)
     _check_encodes(encoder, retain, "the retain set", recipe.model)
-    args: Any = recipe.arguments()
-    _check_engine(args)
+    check_packages(args)
     during = _during(recipe, encoder)
     if resume and during is not None:
         during.check_earlier()
-    standing = begin(recipe, resume)
+    standing = standing_of(recipe, resume)
     if standing.trained:
-        return _go_on(recipe, suite, encoder)
+        run = _go_on(recipe, suite, encoder)
+        request.asked()  # by a run of an older version, which kept no ledger
+        request.done(run.evaluation)
+        return run
     set_seed(args.seed)  # a fresh adapter is random
     model = load_model(recipe.model)
     kept = _Kept(model)
@@ -153,10 +172,14 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
         else lambda current: during(current, trainer.state.global_step),
         allow_overlap=recipe.data.allow_overlap,
     )
+    begin(recipe, resume)
+    request.asked()
     trainer.train(resume_from_checkpoint=standing.checkpoint)
     if during is not None and trainer.is_world_process_zero():
         during.finish()
-    return _finish(trainer, recipe, kept, suite, encoder)
+    run = _finish(trainer, recipe, kept, suite, encoder)
+    request.done(run.evaluation)
+    return run
 
 
 def run_alternates(
@@ -184,6 +207,7 @@ def run_alternates(
     return len(found)
 
 
+@alone()
 def run_evaluate(
     model: ModelSettings,
     suite: Suite,
@@ -203,6 +227,9 @@ def run_evaluate(
         show_forget_text: See write_records.
         load: Gives the model.
     """
+    check_launch()
+    if output_dir is not None:
+        check_output(output_dir, "--output")
     if reference is not None:
         read_records(reference)
     if suite.template is not None:  # the model's own may be one that its tokenizer lacks
@@ -210,6 +237,8 @@ def run_evaluate(
     encoder = _encoder(load_tokenizer(model), data)
     state = PartialState()
     loaded: nn.Module = load(model).to(state.device).eval()
+    if output_dir is not None:
+        take(output_dir)
     return evaluate(
         suite,
         loaded,
@@ -294,6 +323,7 @@ def _finish(
 
 def _go_on(recipe: Recipe, suite: Suite | None, encoder: Encoder) -> Run:
     """Finish a run whose model is saved: evaluate what is not evaluated yet."""
+    begin(recipe, resume=True)
     folder, state = recipe.output_dir, PartialState()
     evaluation = None if suite is None else saved_evaluation(recipe, suite)
     if suite is not None and evaluation is None:
@@ -329,17 +359,6 @@ def _suite(recipe: Recipe) -> Suite | None:
     if recipe.evaluate.reference is not None:
         read_records(recipe.evaluate.reference)
     return recipe.suite()
-
-
-def _check_engine(args: UnlearnConfig) -> None:
-    """Refuse what the engine of this launch cannot do, before weights are loaded."""
-    check_engine(
-        args,
-        args.build_objective(),
-        combination=args.build_combination(),
-        combine=args.combine,
-        mask=args.mask,
-    )
 
 
 def _during(recipe: Recipe, encoder: Encoder) -> DuringTraining | None:

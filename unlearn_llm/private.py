@@ -4,10 +4,13 @@ Whatever lies outside it holds numbers of rows, counts and scores, and may be sh
 """
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from unlearn_llm.errors import UserError
 
 PRIVATE = "private"
 OWNER_ONLY = 0o600
@@ -15,11 +18,22 @@ FOLDER_OF_OWNER = 0o700
 
 
 def private_folder(folder: Path) -> Path:
-    """Make the folder `private` in a folder; only its owner may look into it."""
+    """Make the folder `private` in a folder; only its owner may look into it.
+
+    Raises:
+        UserError: it cannot be closed to others.
+    """
     made = folder / PRIVATE
     folder.mkdir(parents=True, exist_ok=True)
     made.mkdir(mode=FOLDER_OF_OWNER, exist_ok=True)
-    made.chmod(FOLDER_OF_OWNER)  # where it was there already
+    if stat.S_IMODE(made.stat().st_mode) != FOLDER_OF_OWNER:  # it was there already
+        try:
+            made.chmod(FOLDER_OF_OWNER)
+        except OSError as error:
+            raise UserError(
+                f"{made} cannot be closed to other users ({error.strerror}). Give a folder of your "
+                "own, on a file system that has permissions."
+            ) from error
     return made
 
 

@@ -204,7 +204,7 @@ class Recipe:
         try:
             return settings(**{**self.train, "output_dir": str(self.output_dir)})
         except (ValueError, ImportError) as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(f"{error} {'Install it.' * isinstance(error, ImportError)}".split())
             raise RecipeError(f"{self.name}: train: {reason}") from error
 
     def objective(self) -> Objective:

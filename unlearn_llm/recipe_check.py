@@ -22,6 +22,7 @@ from unlearn_llm.registry import did_you_mean
 
 EXPECTED = {
     "float_type": "a number",
+    "finite_number": "a finite number",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "bool_type": "true or false",
@@ -31,6 +32,21 @@ EXPECTED = {
     "model_attributes_type": "a mapping",
     "list_type": "a list",
 }
+
+LEAST = {
+    "train.learning_rate": 0,
+    "train.forget_learning_rate": 0,
+    "train.per_device_train_batch_size": 1,
+    "train.per_device_eval_batch_size": 1,
+    "train.gradient_accumulation_steps": 1,
+    "train.num_train_epochs": 0,
+    "train.max_steps": -1,
+    "train.save_steps": 0,
+    "train.logging_steps": 0,
+    "train.dataloader_num_workers": 0,
+    "data.max_length": 1,
+}
+"""Smallest values of settings that transformers takes as they are, and fails over later."""
 
 NOT_IN_RECIPES = {
     "hub_token": "a recipe is written beside the results; log in with `hf auth login` instead",
@@ -78,6 +94,25 @@ def check_section(settings: type, content: Any, section: str, place: Place) -> N
         _schema(settings).__pydantic_validator__.validate_json(json.dumps(content, default=repr))
     except ValidationError as error:
         raise _in_our_words(error, content, settings, section, place) from error
+    _check_values(content, section, place)
+
+
+def _check_values(content: Mapping[str, Any], section: str, place: Place) -> None:
+    """Refuse numbers that are too small, runs without a step and patterns that are none."""
+    for name, value in content.items():
+        least = LEAST.get(f"{section}.{name}")
+        if least is not None and isinstance(value, int | float) and value < least:
+            raise place.error(f"{section}.{name}", f"expected a number from {least}, got {value}.")
+    if section != "train":
+        return
+    steps, epochs = content.get("max_steps", -1), content.get("num_train_epochs", 1)
+    if steps == 0 or (steps < 0 and epochs == 0):
+        key = "max_steps" if steps == 0 else "num_train_epochs"
+        raise place.error(f"train.{key}", "is 0, so there are no steps to train; expected from 1.")
+    try:
+        re.compile(content.get("trainable") or "")
+    except re.error as error:
+        raise place.error("train.trainable", f"is no regular expression: {error}.") from error
 
 
 def build(settings: type, content: Mapping[str, Any]) -> Any:
@@ -118,7 +153,11 @@ def _schema(settings: type) -> type[BaseModel]:
         if field.init and field.name not in NOT_IN_RECIPES:
             fields[field.name] = (_strict(hints[field.name]), ... if _required(field) else None)
     config = ConfigDict(
-        extra="forbid", strict=True, arbitrary_types_allowed=True, protected_namespaces=()
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        arbitrary_types_allowed=True,
+        protected_namespaces=(),
     )
     return create_model(settings.__name__, __config__=config, **fields)
 

@@ -28,8 +28,12 @@ def read_document(path: Path) -> Document:
     where = display(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{where}: cannot be read: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{where}: not UTF-8 text. Save it as UTF-8.") from error
+    except OSError as error:
+        raise RecipeError(
+            f"{where}: cannot be read ({error.strerror}); give another file, or change that."
+        ) from error
     document = parse_yaml(text, where)
     if not isinstance(document, dict):
         raise RecipeError(f"{where}: expected sections such as model: and data:, got no mapping.")

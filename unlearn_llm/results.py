@@ -23,7 +23,10 @@ from unlearn_llm.evaluation.evaluate import Evaluation
 from unlearn_llm.evaluation.records import RECORDS, SCORES, read_private_records, write_whole
 from unlearn_llm.evaluation.suite import Suite, as_plain
 from unlearn_llm.evaluation.trade_off import EVALUATION
+from unlearn_llm.folders import check_output, take
+from unlearn_llm.ledger import KEY, LEDGER
 from unlearn_llm.models import ModelSettings
+from unlearn_llm.private import PRIVATE
 from unlearn_llm.recipe import Recipe
 from unlearn_llm.saving import could_not_write, first_line
 
@@ -38,8 +41,13 @@ LEFT_BY_RUNS = (
     "adapter_config.json",
     TRAINER_STATE_NAME,
     EVALUATION,
+    LEDGER,
+    f"{PRIVATE}/{KEY}",
 )
-HALF_WRITTEN = (f".{RECIPE_FILE}.*", f".{MANIFEST}.*", f"{EVALUATION}/**/.*.????????")
+HALF_WRITTEN = (
+    *(f".{name}.*" for name in (RECIPE_FILE, MANIFEST, LEDGER)),
+    *(f"{name}/**/.*.????????" for name in (EVALUATION, PRIVATE)),
+)
 """What `write_whole` leaves when it is killed."""
 
 
@@ -58,10 +66,17 @@ class Standing(NamedTuple):
 def check_folder(recipe: Recipe, resume: bool, overwrite: bool) -> None:
     """Refuse to mix two runs in one folder. Every rank looks before the first one writes."""
     folder = recipe.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"train.output_dir: {folder} is a file.")
-    if recipe.model.path and folder.resolve() == Path(recipe.model.path).expanduser().resolve():
-        raise UserError(f"train.output_dir and model.path are the same folder, {folder}.")
+    check_output(folder, "train.output_dir")
+    model = Path(recipe.model.path or "").expanduser().resolve()
+    if recipe.model.path and folder.resolve() == model:
+        raise UserError(
+            f"train.output_dir and model.path are the same folder, {folder}; give another one."
+        )
+    if overwrite and recipe.model.path and folder.resolve() in model.parents:
+        raise UserError(
+            f"model.path lies in train.output_dir, {folder}, which --overwrite clears; give "
+            "another folder."
+        )
     begun = (folder / RECIPE_FILE).is_file()
     if resume and begun:
         _check_same(recipe, folder / RECIPE_FILE)
@@ -79,17 +94,18 @@ def check_folder(recipe: Recipe, resume: bool, overwrite: bool) -> None:
             )
 
 
-def begin(recipe: Recipe, resume: bool) -> Standing:
+def begin(recipe: Recipe, resume: bool) -> None:
     """Write the resolved recipe, after what an overwritten run left there is removed.
 
-    Returns:
-        How far the run has come, the same on every process; without `resume` nowhere.
+    Called when model and trainer are made, because a mistake that shows only then must not cost
+    the earlier run.
+
+    Raises:
+        UserError: another run is writing there.
     """
-    state = PartialState()
-    state.wait_for_everyone()  # no rank may find our file while it looks for an earlier run's
-    folder = recipe.output_dir
+    state, folder = PartialState(), recipe.output_dir
+    take(folder)
     if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         if not resume:
             _remove_results(folder)
         clean(folder)
@@ -97,7 +113,6 @@ def begin(recipe: Recipe, resume: bool) -> Standing:
             path.unlink()
         write_whole(folder / RECIPE_FILE, recipe.to_yaml())
     state.wait_for_everyone()
-    return _standing(folder) if resume else Standing()
 
 
 def save_model(folder: Path, save: Callable[[Path], None], *, by_all: bool) -> None:
@@ -162,8 +177,11 @@ def saved_evaluation(recipe: Recipe, suite: Suite) -> Evaluation | None:
     return Evaluation(scores, details, read_private_records(folder))
 
 
-def _standing(folder: Path) -> Standing:
-    state = PartialState()
+def standing_of(recipe: Recipe, resume: bool) -> Standing:
+    """Say how far the run has come, the same on every process; without `resume` nowhere."""
+    if not resume:
+        return Standing()
+    state, folder = PartialState(), recipe.output_dir
     trained = [False]
     if state.is_main_process and (folder / MANIFEST).is_file():
         reason = fault(folder)

@@ -20,6 +20,11 @@ from unlearn_llm.registry import did_you_mean
 COLUMN_NAME = re.compile(r"[\w.-]{1,40}")
 COLUMN_PAIRS = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"))
 ALTERNATE_COLUMN = "alternate"
+MAX_TEXT = 1_000_000
+"""Letters of a question or an answer: longer ones are no question, but a file in one line."""
+MAX_LINE = 16 * MAX_TEXT
+MAX_BYTES = 2**31
+"""Of what is read as a whole: .json, and the content of .parquet."""
 
 
 class QA(NamedTuple):
@@ -71,6 +76,8 @@ def read_file(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: naming the file, and the line where one cannot be parsed.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give a file in it.")
     if not path.is_file():
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")])
         raise UserError(f"There is no file {path}.{near}")
@@ -81,10 +88,10 @@ def read_file(path: Path) -> list[dict[str, Any]]:
         rows = reader(path)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start})."
+            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
         ) from None  # its representation has the whole file in it
     if not rows:
-        raise UserError(f"{path} holds no rows.")
+        raise UserError(f"{path} holds no rows. Give at least one.")
     return rows
 
 
@@ -146,8 +153,8 @@ def check_disjoint(forget: Sequence[QA], retain: Sequence[QA], allow_overlap: bo
 
     Compares question and answer without case and repeated blanks, and however accents are coded.
     """
-    kept = {_normal(pair) for pair in retain}
-    shared = [row for row, pair in enumerate(forget) if _normal(pair) in kept]
+    kept = {normal(pair) for pair in retain}
+    shared = [row for row, pair in enumerate(forget) if normal(pair) in kept]
     if shared and not allow_overlap:
         raise UserError(
             f"{len(shared)} forget rows also stand in the retain set (forget "
@@ -169,6 +176,12 @@ def split_tasks(
         raise UserError(f"{where}: no row with task_id {task_id!r}; it has {', '.join(known)}.")
     chosen = [row for row in rows if str(row["task_id"]) == task_id]
     return chosen, [row for row in rows if str(row["task_id"]) != task_id]
+
+
+def normal(pair: QA) -> tuple[str, str]:
+    """Give a pair without what does not make it another one: case, blanks, coding of accents."""
+    question, answer = (unicodedata.normalize("NFC", text.casefold()) for text in pair[:2])
+    return " ".join(question.split()), " ".join(answer.split())
 
 
 def _columns(
@@ -219,22 +232,19 @@ def _check_text(value: Any, what: str) -> None:
     except UnicodeEncodeError as error:
         raise UserError(
             f"{what} holds half a character (a lone surrogate) at position {error.start}, which "
-            "no tokenizer can read."
+            "no tokenizer can read. Remove it."
         ) from None  # its representation has the text in it
-
-
-def _normal(pair: QA) -> tuple[str, str]:
-    question, answer = (unicodedata.normalize("NFC", text.casefold()) for text in pair[:2])
-    return " ".join(question.split()), " ".join(answer.split())
+    if len(value) > MAX_TEXT:
+        raise UserError(
+            f"{what} holds {len(value)} letters, expected at most {MAX_TEXT}. Split the row."
+        )
 
 
 def _read_json(path: Path) -> list[dict[str, Any]]:
+    _check_size(path.stat().st_size, path)
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
-        try:
-            return _objects(_texts_as_rows(json.loads(text)), path)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from error
+        return _objects(_texts_as_rows(_parsed(text, path)), path)
     columns = _text_columns(text)
     return _read_json_lines(path) if columns is None else _rows_of(columns, path)
 
@@ -249,7 +259,7 @@ def _text_columns(text: str) -> dict[str, list[str]] | None:
     """Give the columns of a file that is one object of them, as the safety sets are."""
     try:
         content = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None  # more than one object, or none: its lines are read one by one
     if not isinstance(content, dict) or not content:
         return None
@@ -271,15 +281,46 @@ def _rows_of(columns: Mapping[str, list[str]], path: Path) -> list[dict[str, Any
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    # Not splitlines(): U+2028 and its like may stand inside a JSON string.
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg}).") from error
+    # Lines end with \n alone: U+2028 and its like may stand inside a JSON string.
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
+            where = f"{path}, line {number}"
+            if len(line) > MAX_LINE:
+                raise UserError(f"{where}: expected at most {MAX_LINE} bytes. Split the row.")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{where}: not UTF-8 text ({error.reason}). Save it as UTF-8."
+                ) from None  # its representation has the line in it
+            if text.strip():
+                rows.append(_parsed(text, path, number))
     return _objects(rows, path)
+
+
+def _parsed(text: str, path: Path, line: int | None = None) -> Any:
+    """Read JSON, one line of a file or all of it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {line or error.lineno}"
+        expected = "expected a list of objects, or one object in each line"
+        raise UserError(
+            f"{where}: not JSON ({error.msg}); {expected}."
+        ) from None  # it has the text
+    except (ValueError, RecursionError) as error:
+        deep = isinstance(error, RecursionError)
+        where = f"{path}, line {line}" if line else str(path)
+        reason = "nested too deeply" if deep else "a number with too many digits"
+        raise UserError(f"{where}: {reason}; expected objects of texts.") from None
+
+
+def _check_size(size: int, path: Path) -> None:
+    if size > MAX_BYTES:
+        raise UserError(
+            f"{path}: {size} bytes at once, expected at most {MAX_BYTES}. Write it as .jsonl, "
+            "which is read line by line."
+        )
 
 
 def _objects(rows: Any, path: Path) -> list[dict[str, Any]]:
@@ -295,7 +336,10 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
         try:
             return list(reader)
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num + 1}: not CSV ({error}).") from error
+            raise UserError(
+                f"{path}, line {reader.line_num + 1}: not CSV ({error}). Split the row, or write "
+                "it as .jsonl."
+            ) from error
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
@@ -303,9 +347,12 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
+        about = pyarrow.parquet.read_metadata(path)
+        groups = (about.row_group(number) for number in range(about.num_row_groups))
+        _check_size(sum(group.total_byte_size for group in groups), path)
         return list(pyarrow.parquet.read_table(path).to_pylist())
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file ({error}).") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a Parquet file ({error}). Write it anew.") from error
 
 
 READERS = {

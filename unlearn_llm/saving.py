@@ -140,7 +140,12 @@ class SavingTrainer(Trainer):
         raise UserError(f"push_to_hub: {NO_PUSH}")
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
+        # Not even for the moment until the pickle of the arguments is removed.
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
         folder = Path(output_dir or str(self.args.output_dir))
         if self.args.should_save:
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)

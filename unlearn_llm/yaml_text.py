@@ -87,7 +87,8 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise RecipeError(f"{where}{line}: {error.problem}.") from error
+        advice = " Indent with blanks." if "'\\t'" in str(error.problem) else ""
+        raise RecipeError(f"{where}{line}: {error.problem}.{advice}") from error
     except RecursionError as error:
         raise RecipeError(f"{where}: nested too deeply.") from error
     except (yaml.YAMLError, ValueError) as error:

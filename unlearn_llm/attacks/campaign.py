@@ -18,6 +18,7 @@ from unlearn_llm.attacks.base import (
     options_of,
 )
 from unlearn_llm.attacks.verdict import Comparison, Rules, Verdict, compare, decide
+from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.provenance import fingerprint
 from unlearn_llm.evaluation.records import as_json, write_whole
 
@@ -193,5 +194,10 @@ def _digest(content: Any) -> str:
 def _read_journal(journal: Path | None) -> dict[str, Any]:
     if journal is None or not journal.is_file():
         return {}
-    found: dict[str, Any] = json.loads(journal.read_text(encoding="utf-8"))["attacks"]
+    try:
+        found: dict[str, Any] = dict(json.loads(journal.read_text(encoding="utf-8"))["attacks"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{journal} cannot be read. Remove it, and its attacks are made again."
+        ) from error
     return found

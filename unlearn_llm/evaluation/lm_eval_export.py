@@ -5,7 +5,6 @@ lm-eval would read other tokens is refused.
 """
 
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from unlearn_llm.evaluation.records import write_json_lines, write_whole
 from unlearn_llm.evaluation.requests import Sample
 from unlearn_llm.evaluation.samples import samples_of
 from unlearn_llm.evaluation.suite import Suite
+from unlearn_llm.private import FOLDER_OF_OWNER
 from unlearn_llm.resources import EVAL
 
 FUNCTIONS = EVAL / "lm_eval" / "unlearn_tasks.py"
@@ -38,7 +38,7 @@ def export_tasks(suite: Suite, encoder: Encoder, folder: Path) -> list[str]:
     Raises:
         UserError: the folder is not empty, or lm-eval would read other tokens than we do.
     """
-    if folder.exists() and any(folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"export-tasks: {folder} is not empty; give a new folder.")
     made: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = []
     for name, probe in suite.own_probes.items():
@@ -57,12 +57,14 @@ def export_tasks(suite: Suite, encoder: Encoder, folder: Path) -> list[str]:
     if not made:
         raise UserError(f"export-tasks: suite {suite.name} has no metric that lm-eval can take.")
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(FUNCTIONS, folder / FUNCTIONS.name)
+    folder.chmod(FOLDER_OF_OWNER)  # it will hold the rows
+    write_whole(folder / FUNCTIONS.name, FUNCTIONS.read_text(encoding="utf-8"), private=True)
     for name, task, rows in made:
         write_json_lines(folder / f"{name}.jsonl", rows, private=True)
-        write_whole(folder / f"{name}.yaml", _yaml({"task": name, **_rows_of(name), **task}))
+        made_of = {"task": name, **_rows_of(name), **task}
+        write_whole(folder / f"{name}.yaml", _yaml(made_of), private=True)
     group = {"group": suite.name, "task": [name for name, _, _ in made]}
-    write_whole(folder / f"{suite.name}.yaml", _yaml(group))
+    write_whole(folder / f"{suite.name}.yaml", _yaml(group), private=True)
     return [name for name, _, _ in made]
 
 

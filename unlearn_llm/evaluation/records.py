@@ -124,7 +124,7 @@ def read_records(path: str | Path) -> list[Record]:
         try:
             record = json.loads(line)
             record["probe"], record["id"], record["metrics"].items()
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}, line {number}: not a record of an evaluation.") from error
         records.append(record)
     return records

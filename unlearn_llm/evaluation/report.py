@@ -11,6 +11,7 @@ from rich.text import Text
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.comparison import Difference
 from unlearn_llm.evaluation.records import SCORES
+from unlearn_llm.safe_text import printable
 
 NOT_MEASURED = "not measured"
 PERCENT = {"ufe", "tfe", "mu6", "mu9", "mu18", "ovr"}
@@ -31,8 +32,11 @@ def read_details(path: str | Path) -> dict[str, Any]:
     try:
         details: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         details["scores"].values()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} does not hold the scores of an evaluation.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} does not hold the scores of an evaluation. Give a folder that `unlearn eval` "
+            "wrote."
+        ) from error
     return details
 
 
@@ -69,7 +73,10 @@ def side_by_side(
 
 
 def labels(paths: Sequence[str]) -> dict[str, str]:
-    """Name folders by as many of their last parts as tell them apart: a/checkpoint-30."""
+    """Name folders by as many of their last parts as tell them apart: a/checkpoint-30.
+
+    The names are harmless for a terminal.
+    """
     found = {}
     for path in paths:
         parts = Path(path).parts
@@ -77,7 +84,7 @@ def labels(paths: Sequence[str]) -> dict[str, str]:
         length = 1
         while length < len(parts) and any(o[-length:] == parts[-length:] for o in others):
             length += 1
-        found[path] = "/".join(parts[-length:]) or path
+        found[path] = printable("/".join(parts[-length:]) or path)
     return found
 
 

@@ -310,8 +310,12 @@ def _find(name: str) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"), path.name)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path.name}: cannot be read: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path.name}: not UTF-8 text. Save it as UTF-8.") from error
+    except OSError as error:
+        raise RecipeError(
+            f"{path.name}: cannot be read ({error.strerror}); give another file, or change that."
+        ) from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path.name}: expected keys such as probes: and scores:.")
     return content

@@ -10,7 +10,11 @@ DATASETS = {"tofu": "locuslab/TOFU", "open_unlearning": "locuslab/TOFU"}
 
 
 def model_index(
-    details: Mapping[str, Any], name: str, base_model: str | None = None, members: bool = False
+    details: Mapping[str, Any],
+    name: str,
+    base_model: str | None = None,
+    members: bool = False,
+    relation: str | None = None,
 ) -> str:
     """Write the YAML front matter of a model card, with every score that was measured.
 
@@ -21,6 +25,7 @@ def model_index(
         name: Of the model.
         base_model: Hub id of the model that was unlearned.
         members: Also those that composites are made of, such as forget/rouge.
+        relation: To the base model: finetune or adapter.
 
     Source: huggingface_hub ModelCardData, EvalResult. Differs: no difference.
     """
@@ -43,4 +48,6 @@ def model_index(
     card = ModelCardData(
         model_name=name, eval_results=results, tags=["unlearning"], base_model=base_model
     )
+    if base_model is not None and relation is not None:
+        card["base_model_relation"] = relation
     return f"---\n{card.to_yaml()}\n---\n"

@@ -44,8 +44,9 @@ def read_log(path: Path) -> dict[str, Any]:
         raise UserError(f"There is no file {path}.")
     try:
         log = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        problem = "nested too deeply" if isinstance(error, RecursionError) else f"not JSON: {error}"
+        raise UserError(f"{path}: {problem}; expected a TOFU_EVAL.json.") from error
     if not isinstance(log, dict) or not _by_index(log, "forget_Q_A_Prob"):
         raise UserError(
             f"{path}: expected open-unlearning's TOFU_EVAL.json, with forget_Q_A_Prob and its "

@@ -1,0 +1,1 @@
+"""Faulty inputs as tables: what is wrong, and which words an answer must hold."""

@@ -26,8 +26,9 @@ from unlearn_llm.errors import NonFiniteError
 from unlearn_llm.evaluation.evaluate import evaluate
 from unlearn_llm.models import load_model, load_tokenizer
 from unlearn_llm.objective import FORGET_LOSSES, Loss
-from unlearn_llm.pipeline import EVALUATION, forget_and_retain
+from unlearn_llm.pipeline import EVALUATION
 from unlearn_llm.recipe import Recipe
+from unlearn_llm.recipe_rows import forget_and_retain
 from unlearn_llm.scoring import score
 from unlearn_llm.trainer import UnlearnTrainer
 from unlearn_llm.types import ROLES, Role

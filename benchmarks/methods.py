@@ -134,7 +134,7 @@ def make_alternates(recipe: Recipe, output: Path) -> None:
     from unlearn_llm.alternates import alternate_answers, write_pairs
     from unlearn_llm.encode import Encoder
     from unlearn_llm.models import load_model, load_tokenizer
-    from unlearn_llm.pipeline import forget_and_retain
+    from unlearn_llm.recipe_rows import forget_and_retain
 
     pairs, _ = forget_and_retain(recipe.data)
     encoder = Encoder(load_tokenizer(recipe.model), recipe.data.template, recipe.data.max_length)

@@ -1,8 +1,9 @@
 """Runs of two processes for test_distributed.py, started by torchrun.
 
-Takes a JSON file: a list of runs. Each holds `name`, `output_dir`, `family`, `lora`, `resume` and
-`settings`. Rank 0 writes weights, gradient norms and losses of every run to NAME.pt; each rank
-writes the rows that its loader deals to NAME.rows.RANK.json, and its mask to NAME.mask.RANK.pt.
+Takes a JSON file: a list of runs. Each holds `name`, `output_dir`, `family`, `lora` (true, or
+"continued" or "four_bit"), `resume` and `settings`. Rank 0 writes weights, gradient norms and
+losses of every run to NAME.pt; each rank writes the rows that its loader deals to
+NAME.rows.RANK.json, and its mask to NAME.mask.RANK.pt.
 """
 
 import json
@@ -10,7 +11,11 @@ import sys
 from pathlib import Path
 
 import torch
-from models_for_tests import history, make_trainer, tiny_model, weights
+from accelerate import PartialState
+from models_for_tests import history, make_trainer, tiny_model, train_adapter_a_little, weights
+
+from unlearn_llm.four_bit import FourBit
+from unlearn_llm.models import LoraSettings, ModelSettings, load_model
 
 
 def rows_dealt(trainer) -> list[dict[str, list[int]]]:
@@ -21,10 +26,22 @@ def rows_dealt(trainer) -> list[dict[str, list[int]]]:
     ]
 
 
+def model_of(run: dict, folder: Path):
+    """A tiny model as a run wants it."""
+    family, lora = run.get("family", "llama"), run.get("lora", False)
+    if lora == "four_bit":
+        base, four_bit = str(folder / f"base_{family}"), FourBit(compute_dtype="float32")
+        with PartialState(cpu=True).main_process_first():
+            tiny_model(family).save_pretrained(base)  # by the first process alone
+        torch.manual_seed(1)
+        return load_model(ModelSettings(path=base, lora=LoraSettings(r=4), four_bit=four_bit))
+    model = tiny_model(family, lora=bool(lora))
+    return train_adapter_a_little(model) if lora == "continued" else model
+
+
 def train(run: dict, folder: Path):
     """Do one run and return its trainer."""
-    model = tiny_model(run.get("family", "llama"), lora=run.get("lora", False))
-    trainer = make_trainer(folder / run["output_dir"], model, **run["settings"])
+    trainer = make_trainer(folder / run["output_dir"], model_of(run, folder), **run["settings"])
     rank = trainer.args.process_index
     (folder / f"{run['name']}.rows.{rank}.json").write_text(json.dumps(rows_dealt(trainer)))
     resume = run.get("resume")

@@ -91,7 +91,7 @@ def test_help_imports_neither_torch_nor_transformers():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     commands = ("train", "finetune", "eval", "compare", "demo", "list", "show", "copy")
-    for command in (*commands, "leaderboard", "plot", "export", "import", "env"):
+    for command in (*commands, "leaderboard", "plot", "export", "import", "merge", "env"):
         assert f"  {command} " in done.stdout
 
 

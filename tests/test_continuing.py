@@ -19,8 +19,9 @@ from unlearn_llm import cli, continuing, pipeline
 from unlearn_llm.continuing import Request
 from unlearn_llm.errors import UserError
 from unlearn_llm.ledger import LEDGER, check_chain, read_key, read_ledger, row_hashes, rows_asked
-from unlearn_llm.pipeline import forget_and_retain, run_train
+from unlearn_llm.pipeline import run_train
 from unlearn_llm.recipe import Recipe
+from unlearn_llm.recipe_rows import forget_and_retain
 from unlearn_llm.rows import QA
 
 UNLEARN = """

@@ -38,6 +38,14 @@ RUNS = {
         "lora": True,
         "settings": {**ALTERNATE, **TWO, "objective": "npo+kl", "optimizer": "dual_adamw"},
     },
+    "alternate_dual_npo_kl_continued_lora": {
+        "lora": "continued",
+        "settings": {**ALTERNATE, **TWO, "objective": "npo+kl", "optimizer": "dual_adamw"},
+    },
+    "alternate_dual_npo_kl_qlora": {
+        "lora": "four_bit",
+        "settings": {**ALTERNATE, **TWO, "objective": "npo+kl", "optimizer": "dual_adamw"},
+    },
     "alternate_hidden_states": {
         "settings": {
             **ALTERNATE,
@@ -94,6 +102,8 @@ RESUMED = {
         "alternate_dual_dpo_kl_phi",
         "joint_adamw_dpo_kl",
         "alternate_dual_npo_kl_lora",
+        "alternate_dual_npo_kl_continued_lora",
+        "alternate_dual_npo_kl_qlora",
         "joint_gru_idk_gd_lora",
         "joint_implicit_surgery",
         "joint_salun",

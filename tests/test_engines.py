@@ -145,6 +145,11 @@ def test_what_reads_whole_gradients_is_refused(arguments, given, words, message)
         )
 
 
+def test_four_bits_are_not_spread_over_ranks(arguments):
+    with pytest.raises(UserError, match=r"model\.four_bit: .* Launch with"):
+        check_kind(arguments(**FSDP2), four_bit=True)
+
+
 def test_a_refusal_comes_before_weights_are_loaded(tmp_path, monkeypatch):
     tiny_model().save_pretrained(tmp_path / "model")
     small_tokenizer().save_pretrained(tmp_path / "model")

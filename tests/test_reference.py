@@ -1,10 +1,9 @@
-import copy
-
 import pytest
 import torch
 from accelerate import Accelerator
 from models_for_tests import (
     REFUSALS,
+    history,
     make_trainer,
     small_tokenizer,
     synthetic_pairs,
@@ -20,6 +19,7 @@ from unlearn_llm.reference import (
     DisabledAdapter,
     FrozenCopy,
     Precomputed,
+    StartingWeights,
     frozen,
     has_fresh_adapter,
 )
@@ -213,20 +213,54 @@ def test_what_is_constant_is_cached_beside_a_role_that_needs_the_model(tmp_path,
     assert kinds == {"forget": Precomputed, "retain": live}
 
 
-def test_auto_copies_a_continued_adapter(tmp_path):
+def test_starting_weights_are_the_frozen_copy_bitwise_and_leave_no_trace(rows):
     # Trap 12: with its adapter switched off it would be the base model, not the model at the start.
-    model = train_adapter_a_little(tiny_model(lora=True))
-    start = copy.deepcopy(model)
-    reference = chosen(tmp_path, model, objective="idk+kl")
-    assert type(reference) is FrozenCopy
-    for ours, theirs in zip(reference.model.parameters(), start.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    model = train_adapter_a_little(tiny_model("phi", lora=True))
+    copied, ours = FrozenCopy(model), StartingWeights(model)
+    train_adapter_a_little(model, seed=6)
+    batch = batch_of(rows, [4, 1])
+    moved = score(model, batch, "attended")
+    found = ours("forget", batch, "attended")
+    for answer, expected in copied("forget", batch, "attended").items():
+        assert torch.equal(found[answer].token_logps, expected.token_logps)
+        assert not torch.allclose(moved[answer].token_logps, expected.token_logps, atol=1e-3)
+    again = score(model, batch, "attended")
+    for answer, expected in moved.items():
+        assert torch.equal(again[answer].token_logps, expected.token_logps)
 
 
-def test_auto_copies_when_the_base_trains_beside_the_adapter(tmp_path):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_continued_adapter_trains_as_beside_a_frozen_copy(tmp_path, checkpointing):
+    runs = []
+    for reference in (None, FrozenCopy):
+        model = train_adapter_a_little(tiny_model(lora=True))
+        given = {"reference": reference and reference(model)}
+        settings = {"objective": "npo+kl", "activation_checkpointing": checkpointing}
+        trainer = make_trainer(tmp_path, model, given=given, **settings)
+        trainer.train()
+        runs.append(trainer)
+    references = runs[0].reference.references
+    assert type(references["retain"]) is StartingWeights
+    assert references["retain"].at_start.keys() == {
+        name for name, parameter in runs[0].model.named_parameters() if parameter.requires_grad
+    }
+    # npo's log-probabilities were cached in other batches than the copy computes them in.
+    torch.testing.assert_close(weights(runs[0].model), weights(runs[1].model))
+    ours, theirs = (history(run, "retain/loss") for run in runs)
+    assert ours == pytest.approx(theirs, rel=1e-5) and max(ours) > 1e-4
+
+
+@pytest.mark.parametrize("trainable", [None, "lora|norm"])
+def test_auto_copies_what_trains_of_a_model_that_is_not_its_base(tmp_path, trainable):
     model = tiny_model(lora=True)
-    reference = chosen(tmp_path, model, objective="idk+kl", trainable="lora|norm")
-    assert type(reference) is FrozenCopy
+    if trainable is None:
+        train_adapter_a_little(model)
+    start = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    reference = chosen(tmp_path, model, objective="idk+kl", trainable=trainable)
+    assert type(reference) is StartingWeights
+    assert any("norm" in name for name in reference.at_start) == (trainable is not None)
+    for name, kept in reference.at_start.items():
+        assert torch.equal(kept, start[name])
 
 
 def test_a_continued_adapter_is_refused_as_reference(tmp_path):

@@ -40,7 +40,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     2: (
         "dual_setup", "encode", "data_sets", "rows", "dataset", "models", "hidden", "scoring",
         "reference", "progress", "gumbel", "negate", "shared_base", "undisturbed",
-        "checkpoints", "folders", "launch", "ledger", "model_files",
+        "checkpoints", "folders", "four_bit", "launch", "ledger", "merge", "model_files",
         "evaluation/batching", "evaluation/cache", "evaluation/generator", "evaluation/gradients",
         "evaluation/judges", "evaluation/lm_eval_data", "evaluation/provenance",
         "evaluation/readings", "evaluation/runner", "evaluation/safety_judges", "evaluation/scorer",
@@ -57,8 +57,9 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "evaluation/lm_eval", "evaluation/lm_eval_export",
     ),
     4: (
-        "recipe", "recipe_check", "recipe_files", "published", "results", "pipeline",
-        "evaluating", "comparing", "attacking", "cli", "cli_attack", "cli_reports", "cli_tasks",
+        "recipe", "recipe_check", "recipe_files", "published", "recipe_rows", "results", "pipeline",
+        "evaluating", "comparing", "attacking", "cli", "cli_attack", "cli_merge", "cli_reports",
+        "cli_tasks", "merging",
         "cli_env", "cli_faults", "environment",
         "demo", "__init__", "__main__", "evaluation/report",
         "evaluation/during", "evaluation/figure", "evaluation/roc_figure",

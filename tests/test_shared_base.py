@@ -1,6 +1,7 @@
 """Adapters that share a base in memory against each model loaded by itself."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from unlearn_llm import shared_base
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.provenance import fingerprint
-from unlearn_llm.models import LoraSettings, ModelSettings, load_model
+from unlearn_llm.models import LoraSettings, ModelSettings, NewModel, load_model, new_model
 from unlearn_llm.shared_base import SharedBase
 
 ADAPTERS = {
@@ -29,6 +30,8 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     tiny_model("phi").save_pretrained(folder / "base")
     tiny_model("llama", seed=3).save_pretrained(folder / "other")
+    narrow = NewModel(family="phi", hidden_size=16, layers=2, heads=2)
+    new_model(narrow, small_tokenizer()).save_pretrained(folder / "narrow")
     for seed, (name, settings) in enumerate(ADAPTERS.items()):
         base = load_model(ModelSettings(path=str(folder / "base")))
         config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **settings)
@@ -98,6 +101,22 @@ def test_an_adapter_takes_no_second_one(models):
     settings = ModelSettings(path=str(models / "one"), lora=LoraSettings())
     with pytest.raises(UserError, match="is an adapter already"):
         SharedBase().load(settings)
+
+
+def test_a_named_adapter_is_put_on_a_named_base(models, tmp_path, caplog):
+    settings = ModelSettings(path=str(models / "base"), adapter=str(models / "one"))
+    expected = logits(load_model(ModelSettings(path=str(models / "one"))))
+    assert torch.equal(logits(load_model(settings)), expected)
+    assert torch.equal(logits(SharedBase().load(settings)), expected)
+    assert not caplog.text
+    tiny_model("phi").save_pretrained(tmp_path / "moved")
+    moved = replace(settings, path=str(tmp_path / "moved"))
+    assert torch.equal(logits(load_model(moved)), expected)
+    assert f"was trained on {models / 'base'}, now it is on {tmp_path / 'moved'}" in caplog.text
+    with pytest.raises(UserError, match="does not fit its base model"):
+        load_model(replace(settings, path=str(models / "narrow")))
+    with pytest.raises(UserError, match="is an adapter itself"):
+        load_model(replace(settings, path=str(models / "two")))
 
 
 def test_an_adapter_without_its_base_is_one_line(models, tmp_path):

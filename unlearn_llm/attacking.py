@@ -16,7 +16,7 @@ from unlearn_llm.attacks.campaign import PLAIN, Findings, details, judge, run_at
 from unlearn_llm.attacks.verdict import Rules
 from unlearn_llm.encode import Encoder
 from unlearn_llm.errors import UserError
-from unlearn_llm.evaluating import FROM_RUN
+from unlearn_llm.evaluating import FROM_RUN, four_bit_of_run
 from unlearn_llm.evaluation.provenance import describe_model, versions
 from unlearn_llm.evaluation.records import write_json
 from unlearn_llm.folders import alone, check_output, take
@@ -216,7 +216,9 @@ def _settings(name: str, request: Request) -> tuple[ModelSettings, DataSettings]
     document: Details = {"model": {"path": name}, "data": {}}
     made_by = Path(name).expanduser() / RECIPE_FILE
     if made_by.is_file():
-        section = Recipe.load(made_by).document["data"]
+        run = Recipe.load(made_by)
+        section = run.document["data"]
+        document["model"] |= four_bit_of_run(run, Path(name).expanduser())
         kept = (*FROM_RUN, "forget", "retain", "question_column", "answer_column")
         document["data"] = {key: section[key] for key in kept if key in section}
     given = [text for text in request.overrides if text.startswith(("model.", "data."))]

@@ -296,6 +296,7 @@ def _show_run(recipe: "Recipe", run: "Run", as_json: bool) -> None:
             "folder": str(run.folder),
             "scores": evaluation.details["scores"] if evaluation else None,
             "published": [asdict(score) for score in compared],
+            "warning": run.warning,
         }
         print(json.dumps(result, allow_nan=False))
         return
@@ -306,7 +307,7 @@ def _show_run(recipe: "Recipe", run: "Run", as_json: bool) -> None:
         within = f" (+-{score.tolerance:g})" if score.tolerance is not None else ""
         verdict = {True: ": reached", False: ": not reached", None: ""}[score.reached]
         print(f"{score.name} {ours}, published {score.published:g}{within}{verdict}")
-    print(f"wrote {printable(str(run.folder))}")
+    print(f"wrote {printable(str(run.folder))}", *filter(None, [run.warning]), sep="\n")
 
 
 def _show_scores(

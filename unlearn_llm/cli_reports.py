@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
-from unlearn_llm import cli_requests, cli_tasks
+from unlearn_llm import cli_merge, cli_requests, cli_tasks
 from unlearn_llm.errors import UserError
 
 commands = typer.Typer()
 commands.add_typer(cli_tasks.commands)
+commands.add_typer(cli_merge.commands)
 commands.add_typer(cli_requests.commands)
 SUFFIXES = {".md": "markdown", ".csv": "csv", ".tex": "latex"}
 

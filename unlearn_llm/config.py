@@ -70,7 +70,8 @@ class UnlearnConfig(TrainingArguments):
     means, which depends on how the batch is split (micro_batch, as in the authors' runs)."""
     reference: Literal["auto", "precomputed", "adapter", "frozen"] = "auto"
     """Frozen model of npo, dpo, kl: auto, precomputed, adapter or frozen. auto computes
-    log-probabilities once where they suffice, else disables a fresh adapter, else copies."""
+    log-probabilities once where they suffice, else disables a fresh adapter, else copies (of an
+    adapter that is trained further only what trains)."""
     trainable: str | None = None
     """Regular expression over parameter names: only these train. null: whatever requires grad."""
     max_retain_loss: float | None = None

@@ -70,16 +70,18 @@ def check_engine(
     combination: "Combination",
     combine: str | None = None,
     mask: str | None = None,
+    four_bit: bool = False,
 ) -> None:
     """Refuse what an engine that spreads the weights cannot do.
 
     Args:
         combine, mask: What they are called in messages; None: there is none.
+        four_bit: See check_kind.
 
     Raises:
         UserError: in one line, with what does work.
     """
-    engine = check_kind(args)
+    engine = check_kind(args, four_bit=four_bit)
     if not engine.sharded:
         return
     _check_optimizer(args, engine)
@@ -107,19 +109,11 @@ def check_engine(
         )
 
 
-def check_arguments(args: "UnlearnConfig") -> None:
-    """Do `check_engine` by the arguments alone."""
-    check_engine(
-        args,
-        args.build_objective(),
-        combination=args.build_combination(),
-        combine=args.combine,
-        mask=args.mask,
-    )
-
-
-def check_kind(args: TrainingArguments) -> Engine:
+def check_kind(args: TrainingArguments, *, four_bit: bool = False) -> Engine:
     """Refuse engines that were never tried, and those that could not save the model.
+
+    Args:
+        four_bit: Is the base model held in 4 bits?
 
     Returns:
         The engine.
@@ -130,6 +124,11 @@ def check_kind(args: TrainingArguments) -> Engine:
     engine = engine_of(args)
     if not engine.sharded:
         return engine
+    if four_bit:
+        raise UserError(
+            f"model.four_bit: weights in 4 bits were never spread over ranks ({engine.name}). "
+            "Launch with recipes/accelerate/ddp.yaml, or set model.four_bit=null."
+        )
     if engine.fsdp == 1:
         raise UserError(
             "FSDP1 is not supported, for it flattens parameters. Use fsdp_version: 2 "

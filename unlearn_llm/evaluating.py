@@ -19,8 +19,9 @@ from unlearn_llm.evaluation.report import read_details
 from unlearn_llm.evaluation.strict import validated
 from unlearn_llm.evaluation.suite import Suite, as_plain
 from unlearn_llm.folders import check_output
+from unlearn_llm.merge import NOTE as MERGED
 from unlearn_llm.model_files import check_model
-from unlearn_llm.models import ModelSettings, load_tokenizer
+from unlearn_llm.models import ADAPTER_CONFIG, ModelSettings, load_tokenizer
 from unlearn_llm.pipeline import run_evaluate
 from unlearn_llm.recipe import DataSettings, Recipe
 from unlearn_llm.recipe_check import Place, build, check_section
@@ -134,7 +135,7 @@ def _prepare(
     made_by = run_of(folder) / RECIPE_FILE
     if made_by.is_file():
         run = Recipe.load(made_by)
-        document["model"] |= _model_of_run(run, folder)
+        document["model"] |= model_of_run(run, folder)
         document["data"] = {
             k: run.document["data"][k] for k in FROM_RUN if k in run.document["data"]
         }
@@ -163,12 +164,15 @@ def run_of(folder: Path) -> Path:
     return folder.parent if CHECKPOINT.fullmatch(folder.name) else folder
 
 
-def _model_of_run(run: Recipe, folder: Path) -> Details:
+def model_of_run(run: Recipe, folder: Path) -> Details:
     """Say how a run's own evaluation had its model, where the model's folder does not.
 
-    A checkpoint holds the float32 weights that trained, and may hold no tokenizer.
+    A checkpoint holds the float32 weights that trained, and may hold no tokenizer. A merged model
+    says all of itself.
     """
-    found: Details = {}
+    if (folder / MERGED).is_file():
+        return {}
+    found = four_bit_of_run(run, folder)
     of_run = run_of(folder)
     config = of_run / "config.json"
     if run.model.dtype != "auto":
@@ -181,6 +185,13 @@ def _model_of_run(run: Recipe, folder: Path) -> Details:
         else:
             found["tokenizer"] = run.model.tokenizer or run.model.path
     return found
+
+
+def four_bit_of_run(run: Recipe, folder: Path) -> Details:
+    """Say in what the base of a run's adapter was held; a merged model is held as it is."""
+    if run.model.four_bit is None or not (folder / ADAPTER_CONFIG).is_file():
+        return {}
+    return {"four_bit": run.document["model"]["four_bit"]}
 
 
 def _is_section(text: str) -> bool:

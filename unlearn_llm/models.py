@@ -1,5 +1,6 @@
 """Models and tokenizers: from a folder or the hub, with adapters, or new and small."""
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import (
@@ -20,7 +22,10 @@ from transformers import (
 )
 
 from unlearn_llm.errors import NonFiniteError, UserError
+from unlearn_llm.four_bit import FourBit, compute_plainly
 
+logger = logging.getLogger(__name__)
+ADAPTER_CONFIG = "adapter_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -65,6 +70,10 @@ class ModelSettings:
     attention: str | None = None
     """attn_implementation of transformers: sdpa, eager, flash_attention_2."""
     lora: LoraSettings | None = None
+    adapter: str | None = None
+    """Folder of a peft adapter of the model at `path`; it is put on it and trained further."""
+    four_bit: FourBit | None = None
+    """Hold the weights under an adapter in 4 bits (QLoRA); {}: nf4, as published."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its author."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -111,36 +120,75 @@ def model_config(settings: ModelSettings) -> Any:
 
 def is_adapter(settings: ModelSettings) -> bool:
     """Is the model a folder with a peft adapter?"""
-    return bool(settings.path) and (Path(str(settings.path)) / "adapter_config.json").is_file()
+    return bool(settings.path) and (Path(str(settings.path)) / ADAPTER_CONFIG).is_file()
+
+
+def base_and_adapter(settings: ModelSettings) -> tuple[ModelSettings, ModelSettings | None]:
+    """Take apart what is loaded first, and the adapter that is put on it, if there is one."""
+    if settings.adapter is not None:
+        adapter = ModelSettings(path=settings.adapter)
+        if not is_adapter(adapter):
+            raise UserError(f"model.adapter: {settings.adapter} holds no {ADAPTER_CONFIG}.")
+        if is_adapter(settings):
+            raise UserError(
+                f"model.path: {settings.path} is an adapter itself; give the base model of "
+                "model.adapter, or leave model.adapter out."
+            )
+        if settings.lora is not None:
+            raise UserError("model.lora is a fresh adapter, model.adapter one to train further.")
+        return replace(settings, adapter=None), adapter
+    if not is_adapter(settings):
+        return settings, None
+    config = adapter_config(settings)
+    base = ModelSettings(
+        path=config.base_model_name_or_path,
+        revision=config.revision,
+        dtype=settings.dtype,
+        four_bit=settings.four_bit,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    return base, settings
 
 
 def load_model(settings: ModelSettings) -> PreTrainedModel:
     """Load a causal language model, with a fresh adapter if asked for.
 
-    A folder with a peft adapter gives the base model with that adapter, trainable. Weights are read
-    from safetensors; a pickle only where `extra` has use_safetensors: false.
+    A folder with a peft adapter gives the base model with that adapter, trainable; so does
+    `settings.adapter` on the model at `settings.path`. Weights are read from safetensors; a pickle
+    only where `extra` has use_safetensors: false.
     """
-    if is_adapter(settings):
+    in_four_bit = settings.four_bit.keywords(PartialState().device) if settings.four_bit else {}
+    if is_adapter(settings) and settings.adapter is None:
         from peft import AutoPeftModelForCausalLM
 
         _check_adapter(settings)
-        return _from_pretrained(
+        model = _from_pretrained(
             AutoPeftModelForCausalLM.from_pretrained,
             settings,
             is_trainable=True,
             dtype=DTYPES.get(settings.dtype, "auto"),
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
+            **in_four_bit,
         )
-    dtype = DTYPES.get(settings.dtype, "auto")
+        compute_plainly(model)
+        return model
+    base, adapter = base_and_adapter(settings)
     model = _from_pretrained(
         AutoModelForCausalLM.from_pretrained,
-        settings,
-        dtype=dtype,
+        base,
+        dtype=DTYPES.get(settings.dtype, "auto"),
         trust_remote_code=settings.trust_remote_code,
         **({"attn_implementation": settings.attention} if settings.attention else {}),
         **{"use_safetensors": True, **settings.extra},
+        **in_four_bit,
     )
+    compute_plainly(model)
+    if adapter is not None:
+        trained_on = str(adapter_config(adapter).base_model_name_or_path)
+        if Path(trained_on).expanduser().resolve() != Path(str(base.path)).expanduser().resolve():
+            logger.warning(f"{adapter.path} was trained on {trained_on}, now it is on {base.path}.")
+        model = attach_adapter(model, adapter)
     if settings.lora is not None:
         model = add_lora(model, settings.lora)
     return model
@@ -154,12 +202,16 @@ def adapter_config(settings: ModelSettings) -> PeftConfig:
     return config
 
 
-def attach_adapter(base: torch.nn.Module, settings: ModelSettings) -> torch.nn.Module:
+def attach_adapter(base: torch.nn.Module, settings: ModelSettings) -> Any:
     """Put the adapter of a folder onto its base model, which is in memory already; trainable."""
     _check_adapter(settings)
     load = partial(PeftModelForCausalLM.from_pretrained, base)
-    model: torch.nn.Module = _from_pretrained(load, settings, is_trainable=True)
-    return model
+    try:
+        return _from_pretrained(load, settings, is_trainable=True)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise UserError(f"The adapter {settings.path} does not fit its base model.") from error
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSettings) -> Any:

@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from unlearn_llm.errors import UserError
+from unlearn_llm.models import ADAPTER_CONFIG
 
-ADAPTER_CONFIG = "adapter_config.json"
 NOTE = "task_arithmetic.json"
 # What stands beside the weights of a model or adapter.
 TAKEN_OVER = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")

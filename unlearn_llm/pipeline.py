@@ -21,10 +21,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from unlearn_llm.alternates import alternate_answers, write_pairs
+from unlearn_llm.config import UnlearnConfig
 from unlearn_llm.continuing import Request
 from unlearn_llm.dataset import read_refusals
 from unlearn_llm.encode import Encoder, check_context
-from unlearn_llm.engines import check_arguments, check_kind
+from unlearn_llm.engines import check_engine, check_kind
 from unlearn_llm.errors import UserError
 from unlearn_llm.evaluation.during import DuringTraining
 from unlearn_llm.evaluation.evaluate import Evaluation, evaluate
@@ -45,7 +46,9 @@ from unlearn_llm.models import (
 )
 from unlearn_llm.preemption import listening
 from unlearn_llm.recipe import DataSettings, Recipe
+from unlearn_llm.recipe_rows import forget_and_retain, pairs_of, texts_of
 from unlearn_llm.results import (
+    WARNING,
     begin,
     check_folder,
     save_model,
@@ -53,8 +56,9 @@ from unlearn_llm.results import (
     saved_log,
     saved_model,
     standing_of,
+    unmerged_warning,
 )
-from unlearn_llm.rows import QA, check_disjoint, load_rows, split_tasks, to_pairs
+from unlearn_llm.rows import QA, check_disjoint
 from unlearn_llm.saving import SavingTrainer
 from unlearn_llm.trainer import UnlearnTrainer
 
@@ -68,11 +72,13 @@ class Run(NamedTuple):
         folder: Where the results are.
         log: The Trainer's log lines, in order.
         evaluation: None if the recipe asks for none.
+        warning: What a user must know of the result, in one line.
     """
 
     folder: Path
     log: list[dict[str, Any]]
     evaluation: Evaluation | None
+    warning: str | None = None
 
 
 @listening()
@@ -89,9 +95,9 @@ def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     check_folder(recipe, resume, overwrite)
     suite = _suite(recipe)
     data = recipe.data
-    pairs = [pair for source in data.train for pair in _pairs(source, data)]
+    pairs = [pair for source in data.train for pair in pairs_of(source, data)]
     if recipe.model.new is not None:
-        texts = [part for s in data.tokenizer_rows or data.train for part in _texts(s, data)]
+        texts = [part for s in data.tokenizer_rows or data.train for part in texts_of(s, data)]
         tokenizer: Any = new_tokenizer(texts, recipe.model.new.vocabulary)
     else:
         tokenizer = load_tokenizer(recipe.model)
@@ -100,7 +106,7 @@ def run_finetune(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     _check_encodes(encoder, pairs, "the training rows", recipe.model)
     args = recipe.arguments()
     check_packages(args)
-    check_kind(args)
+    check_kind(args, four_bit=recipe.model.four_bit is not None)
     standing = standing_of(recipe, resume)
     if standing.trained:
         return _go_on(recipe, suite, encoder)
@@ -136,7 +142,6 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
     suite = _suite(recipe)
     refusals = read_refusals(recipe.data.refusals)
     args: Any = recipe.arguments()
-    check_arguments(args)
     forget, retain = forget_and_retain(recipe.data)
     request = Request(recipe, forget, resume=resume)
     retain = request.keep_out(retain)
@@ -147,6 +152,7 @@ def run_train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) 
     _check_encodes(encoder, forget, "the forget set", recipe.model)
     _check_encodes(encoder, retain, "the retain set", recipe.model)
     check_packages(args)
+    _check_engine(recipe, args)
     during = _during(recipe, encoder)
     if resume and during is not None:
         during.check_earlier()
@@ -249,21 +255,6 @@ def run_evaluate(
     )
 
 
-def forget_and_retain(data: DataSettings) -> tuple[list[QA], list[QA]]:
-    """Load both sides of the data of a recipe to unlearn."""
-    assert data.forget is not None and data.retain is not None  # checked by Recipe
-    if data.task_id is None:
-        return _pairs(data.forget, data), _pairs(data.retain, data)
-    rows = load_rows(data.forget, folder=data.folder, seed=data.seed)
-    chosen, others = split_tasks(rows, str(data.task_id), data.forget)
-    columns = (data.question_column, data.answer_column)
-    other_pairs = to_pairs(others, data.forget, *columns) if others else []
-    return (
-        to_pairs(chosen, data.forget, *columns),
-        [*_pairs(data.retain, data), *other_pairs],
-    )
-
-
 class _Kept:
     """What training changes in a model and must be put back before it is saved."""
 
@@ -306,6 +297,8 @@ def _finish(
             encoder.tokenizer.save_pretrained(target)
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(target / TRAINER_STATE_NAME))
+            if warning := unmerged_warning(recipe, target):
+                (target / WARNING).write_text(f"{warning}\n", encoding="utf-8")
 
     save_model(folder, save, by_all=sharded)
     evaluation = None
@@ -318,7 +311,7 @@ def _finish(
         trainer.optimizer = trainer.lr_scheduler = None  # their memory is needed now
         model.zero_grad(set_to_none=True)
         evaluation = _evaluate(recipe, suite, model, encoder)
-    return Run(folder, trainer.state.log_history, evaluation)
+    return Run(folder, trainer.state.log_history, evaluation, unmerged_warning(recipe, folder))
 
 
 def _go_on(recipe: Recipe, suite: Suite | None, encoder: Encoder) -> Run:
@@ -333,7 +326,7 @@ def _go_on(recipe: Recipe, suite: Suite | None, encoder: Encoder) -> Run:
         evaluation = _evaluate(recipe, suite, model, encoder)
     elif state.is_main_process:
         logger.warning(f"{folder} is finished: nothing is left to do.")
-    return Run(folder, saved_log(folder), evaluation)
+    return Run(folder, saved_log(folder), evaluation, unmerged_warning(recipe, folder))
 
 
 def _evaluate(recipe: Recipe, suite: Suite, model: nn.Module, encoder: Encoder) -> Evaluation:
@@ -361,6 +354,18 @@ def _suite(recipe: Recipe) -> Suite | None:
     return recipe.suite()
 
 
+def _check_engine(recipe: Recipe, args: UnlearnConfig) -> None:
+    """Refuse what the engine of this launch cannot do, before weights are loaded."""
+    check_engine(
+        args,
+        args.build_objective(),
+        combination=args.build_combination(),
+        combine=args.combine,
+        mask=args.mask,
+        four_bit=recipe.model.four_bit is not None,
+    )
+
+
 def _during(recipe: Recipe, encoder: Encoder) -> DuringTraining | None:
     """Make what evaluates during training, if the recipe has a suite."""
     suite, settings = recipe.suite(during=True), recipe.evaluate
@@ -383,12 +388,3 @@ def _check_encodes(encoder: Encoder, pairs: Sequence[QA], where: str, model: Mod
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     check_context([len(one.ids) for one in encoded], context_length(model), where)
-
-
-def _pairs(source: str, data: DataSettings) -> list[QA]:
-    rows = load_rows(source, folder=data.folder, seed=data.seed)
-    return to_pairs(rows, source, data.question_column, data.answer_column)
-
-
-def _texts(source: str, data: DataSettings) -> list[str]:
-    return [text for pair in _pairs(source, data) for text in pair[:2]]

@@ -5,8 +5,7 @@ Every key is a field of a dataclass: `model` of models.ModelSettings, `data` of 
 EvaluateSettings. How files, names, variants and overrides work is in recipe_files.py.
 """
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -20,14 +19,22 @@ from unlearn_llm.combine import COMBINATIONS, Combination
 from unlearn_llm.combine.base import build as build_combination
 from unlearn_llm.config import UnlearnConfig, check_both_roles, check_mask, check_one_role
 from unlearn_llm.encode import CHAT, TEMPLATES
-from unlearn_llm.errors import RecipeError, UserError
+from unlearn_llm.errors import RecipeError
 from unlearn_llm.finetune import FinetuneConfig
 from unlearn_llm.masks import MASKS, Mask
 from unlearn_llm.masks.base import build as build_mask
 from unlearn_llm.models import ModelSettings
 from unlearn_llm.objective import Objective
 from unlearn_llm.optim import OPTIMIZERS
-from unlearn_llm.recipe_check import Place, build, check_during, check_name, check_section
+from unlearn_llm.recipe_check import (
+    Place,
+    build,
+    check_during,
+    check_model,
+    check_name,
+    check_parameters,
+    check_section,
+)
 from unlearn_llm.registry import did_you_mean
 from unlearn_llm.schedule import SCHEDULES, Schedule
 from unlearn_llm.yaml_text import dump_yaml
@@ -295,8 +302,7 @@ def _check_meaning(recipe: Recipe, place: Place) -> None:
     """Refuse unknown names and what cannot work together."""
     if recipe.data.template != CHAT and ":" not in recipe.data.template:
         check_name(recipe.data.template, [CHAT, *TEMPLATES], "data.template", place)
-    if recipe.model.path is None and recipe.model.new is None:
-        raise place.error("model.path", "is missing: give a local folder or a hub id.")
+    check_model(recipe.model, place)
     check_during(recipe.kind, recipe.train, recipe.document["evaluate"], place)
     if recipe.kind == "finetune":
         _check_finetune(recipe, place)
@@ -333,7 +339,7 @@ def _check_unlearn(recipe: Recipe, place: Place) -> None:
     with place.naming("train.schedule"):
         schedule = SCHEDULES[recipe.setting("schedule")]
     with place.naming("train.schedule_parameters"):
-        _check_parameters(recipe.setting("schedule_parameters"), schedule)
+        check_parameters(recipe.setting("schedule_parameters"), schedule)
         made = schedule(**recipe.setting("schedule_parameters"))
     _check_combine(recipe, made, place)
     _check_mask(recipe, made, place)
@@ -348,7 +354,7 @@ def _check_unlearn(recipe: Recipe, place: Place) -> None:
         check_one_role(made, STEPS_LOOKED_AT, optimizer=name)
     with place.naming("train.optimizer_parameters"):
         parameters = recipe.setting("optimizer_parameters")
-        _check_parameters(parameters, optimizer)
+        check_parameters(parameters, optimizer)
         optimizer([torch.zeros(1, requires_grad=True)], **parameters)  # it checks the values
 
 
@@ -361,7 +367,7 @@ def _check_combine(recipe: Recipe, schedule: Schedule, place: Place) -> None:
     with place.naming("train.combine"):
         cls = COMBINATIONS[name]
     with place.naming("train.combine_parameters"):
-        _check_parameters(parameters, cls)
+        check_parameters(parameters, cls)
         combination: Combination = build_combination(name, parameters)
     with place.naming("train.combine"):
         check_both_roles(
@@ -383,17 +389,7 @@ def _check_mask(recipe: Recipe, schedule: Schedule, place: Place) -> None:
     with place.naming("train.mask"):
         cls = MASKS[name]
     with place.naming("train.mask_parameters"):
-        _check_parameters(parameters, cls)
+        check_parameters(parameters, cls)
         mask: Mask = build_mask(name, parameters)
     with place.naming("train.mask"):
         check_mask(schedule, STEPS_LOOKED_AT, name, mask)
-
-
-def _check_parameters(given: Mapping[str, Any], of: type) -> None:
-    known = [name for name in inspect.signature(of).parameters if name not in ("params", "lr")]
-    for name in given:
-        if name not in known:
-            raise UserError(
-                f"{of.__name__} has no parameter {name!r}.{did_you_mean(name, known)} "
-                f"It has {', '.join(known) or 'none'}."
-            )

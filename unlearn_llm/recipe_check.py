@@ -5,6 +5,7 @@ validated can be used as it stands.
 """
 
 import dataclasses
+import inspect
 import json
 import re
 import types
@@ -18,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 
 from unlearn_llm.errors import RecipeError, UserError
+from unlearn_llm.models import ModelSettings, is_adapter
 from unlearn_llm.registry import did_you_mean
 
 EXPECTED = {
@@ -127,6 +129,22 @@ def check_name(name: Any, known: Collection[str], key: str, place: Place) -> Non
         raise place.error(key, f"expected {_either(sorted(known))}, got {name!r}.{near}")
 
 
+def check_model(model: ModelSettings, place: Place) -> None:
+    """Refuse a model that is not named, and settings of it that cannot work together."""
+    if model.path is None and model.new is None:
+        raise place.error("model.path", "is missing: give a local folder or a hub id.")
+    if model.new is not None:
+        for name in ("lora", "adapter", "four_bit"):
+            if getattr(model, name) is not None:
+                raise place.error(f"model.{name}", "is not for a new model, which trains whole.")
+    if model.adapter is not None and model.lora is not None:
+        problem = "is trained further, model.lora is a fresh one; give one of them."
+        raise place.error("model.adapter", problem)
+    if model.four_bit is not None and not (model.lora or model.adapter or is_adapter(model)):
+        problem = "holds weights that cannot train. Give model.lora or model.adapter, too."
+        raise place.error("model.four_bit", problem)
+
+
 def check_during(
     kind: str, train: Mapping[str, Any], evaluate: Mapping[str, Any] | None, place: Place
 ) -> None:
@@ -142,6 +160,17 @@ def check_during(
         raise place.error(f"train.{key}", "needs an evaluate section, or must be off.")
     elif kind == "finetune":
         raise place.error(f"train.{key}", "is read by kind: unlearn only.")
+
+
+def check_parameters(given: Mapping[str, Any], of: type) -> None:
+    """Refuse keyword arguments that a class does not take."""
+    known = [name for name in inspect.signature(of).parameters if name not in ("params", "lr")]
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"{of.__name__} has no parameter {name!r}.{did_you_mean(name, known)} "
+                f"It has {', '.join(known) or 'none'}."
+            )
 
 
 @cache

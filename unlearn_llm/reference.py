@@ -1,4 +1,4 @@
-"""The frozen model that a loss compares with: cached numbers, a disabled adapter, or a copy."""
+"""The frozen model that a loss compares with: cached numbers, an adapter as it was, or a copy."""
 
 import copy
 import math
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -129,6 +130,47 @@ class DisabledAdapter:
             return score(self.model, sequences, positions, layers)
 
 
+class StartingWeights:
+    """The model itself, with what trains put back to its start while it is asked.
+
+    For an adapter that is trained further: the model at the start is its base with the adapter of
+    then, so the adapter alone is kept twice, whatever the base takes (trap 12).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.at_start = {
+            name: parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def __call__(
+        self,
+        role: Role,
+        sequences: Mapping[Answer, Sequences],
+        positions: Positions,
+        layers: Sequence[int] = (),
+    ) -> dict[Answer, Scored]:
+        """Score with the weights of the start."""
+        with frozen(self.model), self._put_back():
+            return score(self.model, sequences, positions, layers)
+
+    @contextmanager
+    def _put_back(self) -> Iterator[None]:
+        # Other storage, not other values: graphs that wait for their backward pass keep theirs.
+        parameters = dict(self.model.named_parameters())
+        current = {name: parameters[name].data for name in self.at_start}
+        try:
+            for name, start in self.at_start.items():
+                self.at_start[name] = start.to(current[name])  # its device, once it has moved
+                parameters[name].data = self.at_start[name]
+            yield
+        finally:
+            for name, data in current.items():
+                parameters[name].data = data
+
+
 class FrozenCopy:
     """A second copy of the model as it was at the start."""
 
@@ -188,7 +230,11 @@ def choose_reference(
             "model is not the model at the start. Use reference: frozen."
         )
     use_adapter = choice == "adapter" or (choice == "auto" and fresh)
-    live: Reference = DisabledAdapter(model) if use_adapter else FrozenCopy(model)
+    live: Reference
+    if use_adapter:
+        live = DisabledAdapter(model)
+    else:  # the base under an adapter needs no second copy
+        live = (StartingWeights if isinstance(model, PeftModel) else FrozenCopy)(model)
     if cached is None:
         return live
     return ByRole({role: cached if role in constant else live for role in needs})

@@ -25,20 +25,23 @@ from unlearn_llm.evaluation.suite import Suite, as_plain
 from unlearn_llm.evaluation.trade_off import EVALUATION
 from unlearn_llm.folders import check_output, take
 from unlearn_llm.ledger import KEY, LEDGER
-from unlearn_llm.models import ModelSettings
+from unlearn_llm.models import ADAPTER_CONFIG, ModelSettings
 from unlearn_llm.private import PRIVATE
 from unlearn_llm.recipe import Recipe
 from unlearn_llm.saving import could_not_write, first_line
 
 logger = logging.getLogger(__name__)
 RECIPE_FILE = "recipe.yaml"
+WARNING = "WARNING.txt"
+"""Beside an adapter: what its base model still knows."""
 LEFT_BY_RUNS = (
     MANIFEST,  # first: what is half removed is not finished
     STAGING,
     "checkpoint-*",
     "*.safetensors",
     "*.safetensors.index.json",
-    "adapter_config.json",
+    ADAPTER_CONFIG,
+    WARNING,
     TRAINER_STATE_NAME,
     EVALUATION,
     LEDGER,
@@ -67,16 +70,19 @@ def check_folder(recipe: Recipe, resume: bool, overwrite: bool) -> None:
     """Refuse to mix two runs in one folder. Every rank looks before the first one writes."""
     folder = recipe.output_dir
     check_output(folder, "train.output_dir")
-    model = Path(recipe.model.path or "").expanduser().resolve()
-    if recipe.model.path and folder.resolve() == model:
-        raise UserError(
-            f"train.output_dir and model.path are the same folder, {folder}; give another one."
-        )
-    if overwrite and recipe.model.path and folder.resolve() in model.parents:
-        raise UserError(
-            f"model.path lies in train.output_dir, {folder}, which --overwrite clears; give "
-            "another folder."
-        )
+    for key, path in (("path", recipe.model.path), ("adapter", recipe.model.adapter)):
+        if not path:
+            continue
+        model = Path(path).expanduser().resolve()
+        if folder.resolve() == model:
+            raise UserError(
+                f"train.output_dir and model.{key} are the same folder, {folder}; give another one."
+            )
+        if overwrite and folder.resolve() in model.parents:
+            raise UserError(
+                f"model.{key} lies in train.output_dir, {folder}, which --overwrite clears; give "
+                "another folder."
+            )
     begun = (folder / RECIPE_FILE).is_file()
     if resume and begun:
         _check_same(recipe, folder / RECIPE_FILE)
@@ -147,9 +153,24 @@ def save_model(folder: Path, save: Callable[[Path], None], *, by_all: bool) -> N
 def saved_model(recipe: Recipe) -> ModelSettings:
     """Say how the model of a finished run is loaded from its folder."""
     settings = replace(recipe.model, path=str(recipe.output_dir), new=None)
-    if settings.lora is not None:  # the adapter brings its own, and the path of its base
-        settings = replace(settings, lora=None, extra={})
+    if settings.lora or settings.adapter:  # it brings its own, and the path of its base
+        settings = replace(settings, lora=None, adapter=None, extra={})
     return settings
+
+
+def unmerged_warning(recipe: Recipe, adapter: Path) -> str | None:
+    """Say in one line what an adapter leaves behind; None: it is none, or it forgot nothing.
+
+    Args:
+        adapter: The folder where it is saved, or is being saved.
+    """
+    if recipe.kind != "unlearn" or not (adapter / ADAPTER_CONFIG).is_file():
+        return None
+    return (
+        f"warning: {recipe.output_dir} is an adapter. Its base model still knows what was to be "
+        "forgotten, and whoever has the adapter can switch it off. Make one model of both: "
+        f"unlearn merge {recipe.output_dir} OUTPUT"
+    )
 
 
 def saved_log(folder: Path) -> list[dict[str, Any]]:

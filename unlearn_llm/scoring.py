@@ -341,7 +341,9 @@ def unwrapped(model: nn.Module) -> Any:
     """Find the transformers model inside DDP, DeepSpeed and peft wrappers."""
     found: Any = model
     deepspeed = sys.modules.get("deepspeed")  # it takes seconds to import
-    wrapper = deepspeed.DeepSpeedEngine if deepspeed else nn.parallel.DistributedDataParallel
-    if isinstance(found, (wrapper, nn.parallel.DistributedDataParallel)):
+    wrappers: tuple[Any, ...] = (nn.parallel.DistributedDataParallel,)
+    if deepspeed is not None:
+        wrappers += (deepspeed.DeepSpeedEngine,)
+    if isinstance(found, wrappers):
         found = found.module
     return found.get_base_model() if isinstance(found, PeftModel) else found

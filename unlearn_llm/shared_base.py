@@ -9,9 +9,8 @@ from torch import nn
 from unlearn_llm.evaluation.provenance import fingerprint
 from unlearn_llm.models import (
     ModelSettings,
-    adapter_config,
     attach_adapter,
-    is_adapter,
+    base_and_adapter,
     load_model,
     load_tokenizer,
 )
@@ -43,14 +42,16 @@ class SharedBase:
             self._base = None  # before the next one needs its memory
             self._base, self._settings = load_model(wanted), wanted
             self._fingerprint = fingerprint(self._base)
-        if not is_adapter(settings):
+        _, adapter = base_and_adapter(settings)
+        if adapter is None:
             model: nn.Module = self._base
             return model
         vocabulary = self._base.get_input_embeddings().weight.shape[0]
         if len(load_tokenizer(settings)) > vocabulary:
             self._base = None  # new tokens make the embeddings larger, for this adapter alone
             return load_model(settings)
-        self._adapted = adapted = attach_adapter(self._base, settings)
+        adapted: nn.Module = attach_adapter(self._base, adapter)
+        self._adapted = adapted
         return adapted
 
     def _take_off(self) -> None:
@@ -69,14 +70,7 @@ def base_of(settings: ModelSettings) -> ModelSettings:
 
     Folders are resolved, so that equal settings mean the same weights.
     """
-    if is_adapter(settings):
-        config = adapter_config(settings)
-        settings = ModelSettings(
-            path=config.base_model_name_or_path,
-            revision=config.revision,
-            dtype=settings.dtype,
-            trust_remote_code=settings.trust_remote_code,
-        )
+    settings, _ = base_and_adapter(settings)
     folder = Path(settings.path or "").expanduser()
     path = str(folder.resolve()) if settings.path and folder.is_dir() else settings.path
     return replace(settings, path=path, tokenizer=None)

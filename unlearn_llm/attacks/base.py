@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from unlearn_llm.encode import Encoder
 from unlearn_llm.errors import UserError
+from unlearn_llm.four_bit import merged
 from unlearn_llm.registry import Registry, did_you_mean
 
 
@@ -110,7 +111,7 @@ class Subject:
         """Load the model again, an adapter merged into its weights, all of them trainable."""
         model = self._load()
         if isinstance(model, PeftModel):
-            model = model.merge_and_unload()
+            model = merged(model)
         return model.requires_grad_(True)
 
 

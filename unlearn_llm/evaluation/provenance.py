@@ -26,6 +26,9 @@ NOT_THE_MODEL = {
 not what it computes. The weights' own precision is hashed with them."""
 
 
+NOT_MERGED = "not merged: with it switched off, its base model answers as it always did"
+
+
 def versions() -> dict[str, str]:
     """Give the versions of the packages that the numbers depend on."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -39,10 +42,11 @@ def describe_model(model: nn.Module, encoder: Encoder) -> dict[str, Any]:
         # A folder's own name only: results travel, and the folders of one machine stay at home.
         "name": Path(path).name if Path(path).is_dir() else path,
         "type": inner.config.model_type,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(_size(parameter) for parameter in model.parameters()),
         "dtype": str(inner.dtype).removeprefix("torch."),
         "fingerprint": fingerprint(model),
         **describe_encoder(encoder),
+        **({"adapter": NOT_MERGED} if isinstance(model, PeftModel) else {}),
     }
 
 
@@ -103,6 +107,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _hash(tensor: Tensor) -> bytes:
     plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return hashlib.sha256(plain.numpy().data).digest()
+
+
+def _size(parameter: Any) -> int:
+    """Count the weights that a tensor stands for; bitsandbytes keeps two of them in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return int(parameter.numel() if state is None else state.shape.numel())
 
 
 def _settled(settings: Any) -> bytes:

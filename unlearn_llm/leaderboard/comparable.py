@@ -33,11 +33,16 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
         pairs = zip(runs, settings, strict=True)
         _agree(key, [(run, found[key]) for run, found in pairs if key in found])
     _agree("model.path", [(run, _place(run)) for run in runs if _place(run)])
-    full = [run for run in runs if not (run.recipe.get("model") or {}).get("lora")]
+    full = [run for run in runs if not _is_adapter(run)]
     _agree("model.parameters", [(run, run.details["model"].get("parameters")) for run in full])
     for objective in dict.fromkeys(run.train["objective"] for run in runs if run.unlearned):
         alike = [run for run in runs if run.unlearned and run.train["objective"] == objective]
         _agree("suite.objective_kind", [(run, run.suite.get("objective_kind")) for run in alike])
+
+
+def _is_adapter(run: FinishedRun) -> bool:
+    lora = (run.recipe.get("model") or {}).get("lora")
+    return bool(lora) or "adapter" in run.details["model"]
 
 
 def check_replicates(runs: Sequence[FinishedRun], label: str) -> None:

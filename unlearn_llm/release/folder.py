@@ -17,14 +17,14 @@ from unlearn_llm.evaluation.report import read_details
 from unlearn_llm.evaluation.trade_off import EVALUATION
 from unlearn_llm.ledger import KEY, LEDGER, Entry, check_chain, read_key, row_hashes, rows_asked
 from unlearn_llm.models import ModelSettings, is_adapter
-from unlearn_llm.pipeline import forget_and_retain
 from unlearn_llm.private import PRIVATE
 from unlearn_llm.recipe import Recipe
+from unlearn_llm.recipe_rows import forget_and_retain, pairs_of
 from unlearn_llm.release.card import Facts, card
 from unlearn_llm.release.change import Change, change, change_by_adapter
 from unlearn_llm.release.scan import check_no_forgotten_text, check_no_pickles
 from unlearn_llm.results import RECIPE_FILE
-from unlearn_llm.rows import QA, load_rows, to_pairs
+from unlearn_llm.rows import QA
 
 WEIGHTS = (
     "model.safetensors",
@@ -128,16 +128,7 @@ def _forget_rows(recipe: Recipe, forget: Sequence[str]) -> list[QA]:
     try:
         if not forget:
             return forget_and_retain(data)[0]
-        return [
-            pair
-            for source in forget
-            for pair in to_pairs(
-                load_rows(source, folder=data.folder, seed=data.seed),
-                source,
-                data.question_column,
-                data.answer_column,
-            )
-        ]
+        return [pair for source in forget for pair in pairs_of(source, data)]
     except UserError as error:
         raise UserError(
             "The forget rows are needed, to see that the files hold none of their text: "

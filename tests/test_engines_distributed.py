@@ -245,7 +245,7 @@ def test_a_recipe_trains_saves_and_resumes(launch, model, tmp_path, engine):
     dtype = torch.float32 if engine == "zero3" else torch.bfloat16
     assert {value.dtype for value in two.values()} == {dtype}
     before = load_file(model / "model.safetensors")
-    # Both were rounded to bfloat16 in the end, which moves an entry by up to 1/256.
+    # Rounded to bfloat16 in the end, an entry may move by 1/256.
     assert apart(floats(two), floats(one)) <= 0.05 * apart(floats(one), floats(before))
     (folder / MANIFEST).unlink()
     whole = (folder / "model.safetensors").read_bytes()
@@ -258,4 +258,4 @@ def test_a_recipe_trains_saves_and_resumes(launch, model, tmp_path, engine):
 
 
 def floats(weights):
-    return {name: value.float() for name, value in weights.items()}
+    return {name: value.bfloat16().float() for name, value in weights.items()}

@@ -162,6 +162,7 @@ LISTED = [
     Command("requests", ("requests", "second"), needs=("second request",)),
     Command("release", ("release", "second", "released"), needs=("second request",)),
     Command("merge", ("merge", "lora", "merged"), needs=("lora",)),
+    Command("plan", ("plan", "DATA/unlearn.yaml", "--hardware", "H100"), needs=("target",)),
     Command("env", ("env",), needs=()),
     Command("list", ("list",), needs=()),
     Command("show", ("show", "DATA/unlearn.yaml"), needs=()),

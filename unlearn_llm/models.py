@@ -4,7 +4,6 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -206,13 +205,19 @@ def adapter_config(settings: ModelSettings) -> PeftConfig:
 def attach_adapter(base: torch.nn.Module, settings: ModelSettings) -> Any:
     """Put the adapter of a folder onto its base model, which is in memory already; trainable."""
     _check_adapter(settings)
-    load = partial(PeftModelForCausalLM.from_pretrained, base)
-    try:
-        return _from_pretrained(load, settings, is_trainable=True)
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):
-            raise
-        raise UserError(f"The adapter {settings.path} does not fit its base model.") from error
+
+    def load(*given: Any, **keywords: Any) -> Any:
+        try:
+            return PeftModelForCausalLM.from_pretrained(base, *given, **keywords)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise UserError(
+                f"The adapter {settings.path} does not fit its base model. Give the model that it "
+                "was trained on."
+            ) from error
+
+    return _from_pretrained(load, settings, is_trainable=True)
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSettings) -> Any:
@@ -372,6 +377,8 @@ def _from_pretrained(
             revision=settings.revision or "main",
             **keywords,
         )
+    except UserError:
+        raise
     except Exception as error:  # readers of files raise a dozen unrelated types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
         advice = f"Check {'model.extra, ' if settings.extra else ''}the folder or the id."

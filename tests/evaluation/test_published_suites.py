@@ -71,7 +71,7 @@ def test_safety_asks_the_bare_prompts_and_splits_xstest(shared):
 def test_rows_that_no_filter_fits_are_refused(tmp_path):
     (tmp_path / "xstest_prompts.csv").write_text("prompt,label\nWho?,harmless\n")
     suite = Suite.load("safety", folder=str(tmp_path))
-    with pytest.raises(UserError, match=r"'safe' in column 'label'; there are harmless"):
+    with pytest.raises(UserError, match=r"'safe' in column 'label', which has 1 other values"):
         samples_of(suite, "xstest_safe")
 
 

@@ -1,7 +1,11 @@
 """Faults of the surroundings: processes, devices, packages that are not installed."""
 
+from importlib.util import find_spec
+
 from bad_inputs.case import EVAL, Bad
 
+# accelerate looks once, so that the package cannot be hidden where it is installed.
+HAS_DEEPSPEED = find_spec("deepspeed") is not None
 LAUNCHED = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "LOCAL_RANK": "0"}
 
 CASES = [
@@ -82,12 +86,11 @@ CASES = [
         absent=("bitsandbytes",),
     ),
     Bad(
-        "DeepSpeed that is not installed",
-        "deepspeed",
-        "Install it",
+        "DeepSpeed without a launcher, or not installed",
+        "DeepSpeed" if HAS_DEEPSPEED else "deepspeed",
+        "Launch with" if HAS_DEEPSPEED else "Install it",
         more=("train.deepspeed=zero.json",),
-        absent=("deepspeed",),
-        files={"zero.json": "{}"},
+        files={"zero.json": '{"zero_optimization": {"stage": 2}}'},
     ),
     Bad(
         "a tracker that is not installed",

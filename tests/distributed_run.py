@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from models_for_tests import history, make_trainer, tiny_model, train_adapter_a_little, weights
+from ranks import leave
 
 from unlearn_llm.four_bit import FourBit
 from unlearn_llm.models import LoraSettings, ModelSettings, load_model
@@ -70,6 +71,7 @@ def main() -> None:
         trainer = train(run, file.parent)
         if trainer.args.process_index == 0:
             torch.save(result(trainer), file.parent / f"{run['name']}.pt")
+    leave()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from models_for_tests import history, make_trainer, small_tokenizer, tiny_model
+from ranks import leave
 from transformers import training_args
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -83,15 +84,19 @@ def main() -> None:
     if sys.argv[2] == "unlearn":
         settle(engine)
         sys.argv[:3] = ["unlearn"]
-        runpy.run_module("unlearn_llm", run_name="__main__")
-        return
+        try:
+            runpy.run_module("unlearn_llm", run_name="__main__")
+        except SystemExit as ended:
+            if ended.code:
+                raise
+        leave()
     file = Path(sys.argv[2])
     for run in json.loads(file.read_text()):
         trainer = train(run, file.parent, engine)
         found = result(trainer)
         if trainer.args.process_index == 0:
             torch.save(found, file.parent / f"{run['name']}.pt")
-    torch.distributed.destroy_process_group()  # or gloo's threads may abort a process that ends
+    leave()
 
 
 if __name__ == "__main__":

@@ -90,10 +90,12 @@ def _own(folder: Path) -> IO[str]:
     """Lock the file in a folder for this process, and write into it whose it is."""
     path = folder / LOCK
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             file = path.open("a+", encoding="utf-8")
-        except FileNotFoundError:
+        except (FileExistsError, FileNotFoundError):
+            if folder.exists() and not folder.is_dir():
+                raise
             continue  # another run has just taken its empty folder away
         try:
             _lock(file, fcntl.LOCK_EX, folder)

@@ -208,6 +208,7 @@ TWO = """
 import os, sys
 import torch
 torch.distributed.init_process_group("gloo")
+from ranks import leave
 from test_resume import run
 from unlearn_llm.evaluation.journal import Journal
 folder, stop_at = sys.argv[1], int(sys.argv[2])
@@ -220,8 +221,7 @@ def adding(self, answers):
 Journal.add = adding
 run(folder)
 print("added", sum(added), flush=True)
-torch.distributed.barrier()  # gloo aborts where a neighbour has left already
-torch.distributed.destroy_process_group()
+leave()
 """
 
 

@@ -69,6 +69,7 @@ import sys
 import torch
 torch.distributed.init_process_group("gloo")
 from models_for_tests import small_tokenizer, tiny_model
+from ranks import leave
 from unlearn_llm.encode import Encoder
 from unlearn_llm.evaluation.evaluate import evaluate
 from unlearn_llm.evaluation.runner import Runner
@@ -83,7 +84,7 @@ torch.save([results[request] for request in requests], f"{sys.argv[1]}/{rank}.pt
 suite = Suite.load("synthetic", limit=3, max_new_tokens=6)
 evaluation = evaluate(suite, tiny_model(), Encoder(small_tokenizer()), f"{sys.argv[1]}/scores")
 torch.save(evaluation.scores, f"{sys.argv[1]}/scores{rank}.pt")
-torch.distributed.destroy_process_group()
+leave()
 """
 
 

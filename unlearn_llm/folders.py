@@ -102,8 +102,9 @@ def _own(folder: Path) -> IO[str]:
         except UserError:
             file.close()
             raise
-        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-            break
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                break
         file.close()  # the run that had it has just gone, and the file with it
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

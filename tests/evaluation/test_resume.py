@@ -162,32 +162,47 @@ KILLS = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 from test_resume import run
+from unlearn_llm.evaluation.journal import Journal
 
 def child(folder):
-    started = time.perf_counter()
     number = os.fork()
     if number == 0:
+        add, added = Journal.add, []
+        def adding(self, answers):
+            add(self, answers)
+            added.append(answers)
+        Journal.add = adding
         run(folder, limit=30, max_new_tokens=30)
-        os._exit(0)
-    return number, started
+        os._exit(len(added))
+    return number
+
+def kept(folder):
+    try:
+        return sum(path.read_bytes().count(b"\\n") for path in folder.rglob("answers-*.jsonl"))
+    except FileNotFoundError:  # removed as we look: the child is done
+        return 0
+
+def runs(number):
+    return os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 main = Path(sys.argv[1])
-number, started = child(main / "whole")
-os.waitpid(number, 0)
-seconds = time.perf_counter() - started
+_, status = os.waitpid(child(main / "whole"), 0)
+batches = os.waitstatus_to_exitcode(status)
 expected = (main / "whole" / "private" / "records.jsonl").read_bytes()
 moments, found = random.Random(0), []
 for kill in range(10):
     folder = main / str(kill)
-    number, started = child(folder)
-    time.sleep(moments.uniform(0.2, 1.0) * seconds)
+    number, least = child(folder), moments.randrange(batches)
+    # By what is done and not by time, which other work makes longer.
+    while kept(folder) < least and runs(number):
+        time.sleep(0.001)
+    time.sleep(moments.uniform(0, 0.02))
     os.kill(number, signal.SIGKILL)
     _, status = os.waitpid(number, 0)
-    kept = sum(path.read_bytes().count(b"\\n") for path in folder.rglob("answers-*.jsonl"))
-    number, _ = child(folder)
-    os.waitpid(number, 0)
+    left = kept(folder)
+    os.waitpid(child(folder), 0)
     same = (folder / "private" / "records.jsonl").read_bytes() == expected
-    found.append({"killed": os.WIFSIGNALED(status), "kept": kept, "same": same})
+    found.append({"killed": os.WIFSIGNALED(status), "kept": left, "same": same})
 print(json.dumps(found))
 """
 
@@ -220,7 +235,8 @@ def adding(self, answers):
         os._exit(1)
 Journal.add = adding
 run(folder)
-print("added", sum(added), flush=True)
+with open(f"{folder}.added", "a") as file:
+    file.write(f"{sum(added)}\\n")
 leave()
 """
 
@@ -272,5 +288,6 @@ def test_two_processes_go_on_where_one_stopped(tmp_path, calls):
     expected = read_private_records(tmp_path / "whole")
     assert_close(tmp_path / "folder", expected)
     details = json.loads((tmp_path / "folder" / "scores.json").read_text())
-    asked = sum(int(line.split()[1]) for line in done.stdout.splitlines() if "added" in line)
-    assert asked == sum(details["requests"].values()) - kept
+    added = [int(line) for line in (tmp_path / "folder.added").read_text().splitlines()]
+    assert len(added) == 2
+    assert sum(added) == sum(details["requests"].values()) - kept
